@@ -1,0 +1,51 @@
+"""Checks of the tensors that users hand to the loss functions."""
+
+import torch
+from torch import Tensor
+
+from .methods import Objective
+
+
+def check_labels(labels: Tensor, rows: int, vocabulary: int, ignore_index: int) -> Tensor:
+    """Return the mask of scored tokens `[N]`; labels must be integers of shape `[N]` inside the vocabulary."""
+    if labels.shape != (rows,):
+        raise ValueError(f"`labels` must have shape [{rows}], one per token, got {list(labels.shape)}: flatten it.")
+    if labels.dtype.is_floating_point or labels.dtype == torch.bool:
+        raise ValueError(f"`labels` must be token ids, got dtype {labels.dtype}: convert it to torch.long.")
+    scored = labels != ignore_index
+    outside = scored & ((labels < 0) | (labels >= vocabulary))
+    if outside.any():
+        raise ValueError(
+            f"`labels` holds the id {labels[outside][0].item()}, outside the vocabulary of {vocabulary}: mark tokens "
+            f"that should not be scored with `ignore_index` ({ignore_index})."
+        )
+    return scored
+
+
+def check_per_token(name: str, value: Tensor | None, rows: int) -> None:
+    """Raise unless `value` is None or has one entry per token."""
+    if value is not None and value.shape != (rows,):
+        raise ValueError(f"`{name}` must have shape [{rows}], one per token, got {list(value.shape)}.")
+
+
+def check_token_weights(weights: Tensor | None, rows: int, objective: Objective) -> None:
+    """Raise unless the weights that the objective reads are there, of the right length, finite and not negative."""
+    if weights is None:
+        if objective.trust.uses_token_weights:
+            raise ValueError(
+                f"`token_weights` is missing: the trust {objective.trust.name!r} reads one weight per token. Pass a "
+                "tensor as long as `labels`."
+            )
+        return
+    check_per_token("token_weights", weights, rows)
+    if not (torch.isfinite(weights) & (weights >= 0)).all():
+        raise ValueError("`token_weights` has a weight that is negative, NaN or infinite: weights must be >= 0.")
+
+
+def check_vocabulary(name: str, size: int, vocabulary: int) -> None:
+    """Raise unless the prior speaks of the same tokens as the policy."""
+    if size != vocabulary:
+        raise ValueError(
+            f"`{name}` has a vocabulary of {size}, the policy one of {vocabulary}: a prior must share the policy's "
+            "tokenizer and vocabulary size. Resize the embeddings of one, or choose another reference model."
+        )

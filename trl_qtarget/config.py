@@ -1,0 +1,269 @@
+"""`QTargetConfig`: which target to train toward, as a flat dataclass."""
+
+import json
+import os
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .methods import METHODS, Method, Objective, designs_of, find_method, knobs_of, make_objective
+from .registry import KNOBS, Range
+
+
+CONFIG_NAME = "qtarget_config.json"
+PRIORS = ("auto", "policy", "base", "model", "lagged")
+KERNELS = ("auto", "torch")
+
+
+def _knob(text: str) -> Any:
+    return field(default=None, metadata={"help": text + " None takes the default of the method or design."})
+
+
+@dataclass
+class QTargetConfig:
+    """The target distribution of supervised fine-tuning: a published method, or a trust and a residual of your choice.
+
+    Parameters:
+        method (`str` or `None`, defaults to `"target_sft"`): a name in `METHODS`; `None` for a free combination.
+        trust, residual (`str`): the two designs of a free combination; only with `method=None`.
+        eta, alpha, tau, lam, beta, epsilon, top_k, temperature, clip_max: the knobs. One left `None` takes the default
+            of the method or design; one that the chosen target does not use is an error.
+        prior (`str`, defaults to `"auto"`): where the prior comes from. `"auto"`: what the method names (for
+            `target_sft` and free combinations: a given reference model, else the base weights under PEFT, else the
+            policy itself). `"policy"`: the policy's own detached distribution. `"base"`: the starting weights.
+            `"model"`: the reference model given to the trainer. `"lagged"`: an earlier state of the policy.
+        prior_sync_steps (`int`): a lagged prior follows the policy every so many optimiser steps (default 8).
+        prior_sync_decay (`float` in [0, 1)): at a sync, keep this share of the lagged prior (an EMA); None copies.
+        token_weight_column (`str`): dataset column with one weight per token, for the trust `token_weights` (default
+            `"token_weights"`).
+        chunk_tokens (`int`): tokens scored at once by the fused loss; None chooses by vocabulary size.
+        kernel (`"auto"` or `"torch"`, defaults to `"auto"`): implementation of the fused loss.
+
+    Raises:
+        ValueError: an unknown name, a knob that is unused or out of range, or options that contradict each other.
+
+    Examples:
+        >>> QTargetConfig("asft", lam=0.03)
+        >>> QTargetConfig(method=None, trust="entropy", residual="guided", top_k=20, eta=0.3)
+    """
+
+    method: str | None = field(
+        default="target_sft",
+        metadata={"help": f"Published objective: {', '.join(METHODS)}; or 'none' for a free combination."},
+    )
+    _: KW_ONLY
+    trust: str | None = field(
+        default=None, metadata={"help": "Trust in the observed token, for a free combination (--method none)."}
+    )
+    residual: str | None = field(
+        default=None, metadata={"help": "Where the rest of the mass goes, for a free combination (--method none)."}
+    )
+    eta: float | None = _knob("Share of the prior in the guided residual, in [0, 1].")
+    alpha: float | None = _knob("Exponent of the trust, >= 0.")
+    tau: float | None = _knob("Probability threshold of the trust, in [0, 1].")
+    lam: float | None = _knob("Weight of the residual (label smoothing, hybrid distillation) or of the KL anchor.")
+    beta: float | None = _knob("Temperature of the sharpened policy in GEM, > 0.")
+    epsilon: float | None = _knob("Upper clip of the probability ratio, >= 0.")
+    top_k: int | None = _knob("Number of tokens in the top-k entropy, or of nearest neighbors.")
+    temperature: float | None = _knob("Temperature of the prior, of the neighbors, or of the importance weight, > 0.")
+    clip_max: float | None = _knob("Largest importance weight, > 0.")
+    prior: str = field(default="auto", metadata={"help": "Where the prior comes from.", "choices": list(PRIORS)})
+    prior_sync_steps: int | None = field(
+        default=None, metadata={"help": "Optimiser steps between two syncs of a lagged prior. None: 8."}
+    )
+    prior_sync_decay: float | None = field(
+        default=None, metadata={"help": "Share of the lagged prior kept at a sync (EMA), in [0, 1). None: copy."}
+    )
+    token_weight_column: str | None = field(
+        default=None, metadata={"help": "Dataset column of per-token weights. None: 'token_weights'."}
+    )
+    chunk_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens scored at once by the fused loss. None: chosen by vocabulary size."}
+    )
+    kernel: str = field(
+        default="auto", metadata={"help": "Implementation of the fused loss.", "choices": list(KERNELS)}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.method, str) and self.method.lower() == "none":  # as a command line spells it
+            self.method = None
+        self._check_names()
+        self._check_knobs()
+        self._check_prior()
+        self._check_choice("kernel", KERNELS)
+        self._check_range("chunk_tokens", Range(1, whole=True))
+        if self.token_weight_column is not None and not self.uses_token_weights:
+            raise ValueError(
+                f"`token_weight_column` is not used by {self.label}: remove it, or choose `method='cft'` or "
+                "`trust='token_weights'`."
+            )
+
+    # --- checks ---
+
+    def _check_names(self) -> None:
+        if self.method is None:
+            if self.trust is None or self.residual is None:
+                raise ValueError(
+                    "`method=None` asks for a free combination: set both `trust` and `residual`, or name a `method`."
+                )
+        else:
+            find_method(self.method)
+            for name in ("trust", "residual"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` is fixed by `method={self.method!r}`: remove it, or set `method=None` for a free "
+                        "combination."
+                    )
+        designs_of(self.row, self.trust, self.residual)
+
+    def _check_knobs(self) -> None:
+        used = knobs_of(self.row, *designs_of(self.row, self.trust, self.residual))
+        for name in KNOBS:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if name not in used:
+                raise ValueError(
+                    f"`{name}` is not used by {self.label}, whose knobs are: {', '.join(used) or 'none'}. Remove it."
+                )
+            self._check_range(name, used[name].range)
+
+    def _check_prior(self) -> None:
+        self._check_choice("prior", PRIORS)
+        designs = designs_of(self.row, self.trust, self.residual)
+        if not any(design.uses_prior for design in designs):
+            if self.prior not in ("auto", "policy"):
+                raise ValueError(f"`prior={self.prior!r}` is not used by {self.label}: leave it at 'auto'.")
+        elif self.prior == "policy" and self.row is not None and self.row.prior != "auto":
+            raise ValueError(
+                f"`prior='policy'` leaves {self.label} without the second distribution that it needs: use 'base', "
+                "'lagged', or 'model' with a reference model."
+            )
+        for name in ("prior_sync_steps", "prior_sync_decay"):
+            if getattr(self, name) is not None and self.prior_source != "lagged":
+                raise ValueError(f"`{name}` is only used by a lagged prior: remove it, or set `prior='lagged'`.")
+        self._check_range("prior_sync_steps", Range(1, whole=True))
+        self._check_range("prior_sync_decay", Range(0, 1))
+        if self.prior_sync_decay == 1:
+            raise ValueError("`prior_sync_decay=1` would never move the prior: choose a value in [0, 1).")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown: choose one of {', '.join(choices)}.")
+
+    def _check_range(self, name: str, allowed: Range) -> None:
+        value = getattr(self, name)
+        if value is not None and value not in allowed:
+            raise ValueError(f"`{name}={value!r}` is out of range: it must be {allowed}.")
+
+    # --- what the fields mean ---
+
+    @property
+    def row(self) -> Method | None:
+        """The method's row in `METHODS`; None for a free combination."""
+        return None if self.method is None else METHODS[self.method]
+
+    @property
+    def label(self) -> str:
+        """How messages call this target."""
+        return f"`method={self.method!r}`" if self.method else f"`trust={self.trust!r}`, `residual={self.residual!r}`"
+
+    @property
+    def knobs(self) -> dict[str, float]:
+        """Every knob of this target, with defaults filled in."""
+        used = knobs_of(self.row, *designs_of(self.row, self.trust, self.residual))
+        given = {name: getattr(self, name) for name in used}
+        return {name: used[name].default if value is None else value for name, value in given.items()}
+
+    @property
+    def prior_source(self) -> str:
+        """`prior`, with "auto" replaced by what the method's row names."""
+        if self.prior == "auto" and self.row is not None and self.row.prior is not None:
+            return self.row.prior
+        return self.prior
+
+    @property
+    def sync_steps(self) -> int:
+        """Optimiser steps between two syncs of a lagged prior."""
+        return self.prior_sync_steps or (self.row and self.row.prior_sync_steps) or 8
+
+    @property
+    def uses_token_weights(self) -> bool:
+        """Whether the dataset has to bring a weight per token."""
+        return any(design.uses_token_weights for design in designs_of(self.row, self.trust, self.residual))
+
+    def objective(self, has_prior: bool) -> Objective:
+        """The objective with every knob set.
+
+        Args:
+            has_prior: whether a prior other than the policy itself is at hand.
+
+        Raises:
+            ValueError: the target needs a prior and there is none.
+        """
+        own = self.prior_source == "policy" or (self.prior_source == "auto" and not has_prior)
+        trust, residual = designs_of(self.row, self.trust, self.residual)
+        objective = make_objective(self.row, trust, residual, self.knobs, own)
+        if objective.uses_prior and not has_prior:
+            raise ValueError(
+                f"{self.label} needs a prior and none is given: pass `prior_logits` or `prior_hidden` (to the "
+                "trainer: a `ref_model`, or `prior='base'` or 'lagged')."
+            )
+        return objective
+
+    # --- other forms ---
+
+    @classmethod
+    def coerce(cls, value: "QTargetConfig | str | dict[str, Any] | None") -> "QTargetConfig":
+        """A configuration from what users write for one: a method's name, a dict of fields, or None for the default."""
+        if isinstance(value, cls):
+            value.__post_init__()  # fields may have been set since it was made
+            return value
+        if value is None:
+            return cls()
+        if isinstance(value, str):
+            return cls(value)
+        if isinstance(value, dict):
+            return cls._from_fields(value, "`qtarget_config`")
+        raise ValueError(
+            f"`qtarget_config` must be a `QTargetConfig`, a method's name or a dict, got `{type(value).__name__}`."
+        )
+
+    @classmethod
+    def _from_fields(cls, values: dict[str, Any], origin: str) -> "QTargetConfig":
+        known = {item.name for item in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"{origin} has unknown fields {unknown}: known are {sorted(known)}.")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields that are set."""
+        return {name: value for name, value in asdict(self).items() if value is not None or name == "method"}
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write `qtarget_config.json` into a directory, which is made if it does not exist."""
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        # Written beside and moved into place, so that a half-written file is never taken for a whole one.
+        partial = directory / f".{CONFIG_NAME}.{os.getpid()}"
+        partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, directory / CONFIG_NAME)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike) -> "QTargetConfig":
+        """Read what `save_pretrained` wrote; `directory` may also be the path of the file itself.
+
+        Raises:
+            ValueError: there is no such file, or it holds unknown or invalid fields. A design that you registered has
+                to be registered again before its name is read.
+        """
+        path = Path(directory)
+        path = path / CONFIG_NAME if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"`directory` has no `{CONFIG_NAME}`: {directory} was not written by `save_pretrained`.")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`{path}` is not valid JSON ({error}): write it again with `save_pretrained`.") from None
+        return cls._from_fields(values, f"`{path}`")

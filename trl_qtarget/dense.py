@@ -1,0 +1,182 @@
+"""The specification: targets and losses on dense logits, in plain PyTorch, through autograd.
+
+Meant to study, test and inspect; `linear.py` computes the same without the `[N, V]` logits.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import check_labels, check_per_token, check_token_weights, check_vocabulary
+from .config import QTargetConfig
+from .methods import Objective, TokenTarget
+from .tile import Tile
+
+
+class Target(NamedTuple):
+    """`probs[N, V]`: the target Q; `scale[N]`: s. The gradient with respect to the logits is `s * (p - Q)`.
+
+    Rows of `probs` sum to one. Entries are negative where a published objective asks for it (`gem`; γ > 1).
+    """
+
+    probs: Tensor
+    scale: Tensor
+
+
+def _to_statistics_dtype(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@torch.no_grad()
+def _token_target(
+    logits: Tensor,
+    labels: Tensor,
+    config: QTargetConfig | str | dict[str, Any] | None,
+    prior_logits: Tensor | None,
+    token_weights: Tensor | None,
+    sequence_ids: Tensor | None,
+    embeddings: Tensor | None,
+    ignore_index: int,
+) -> tuple[Objective, TokenTarget, Tensor]:
+    """Check the arguments; return the objective, the target of the scored tokens, and their mask `[N]`."""
+    if logits.dim() != 2:
+        raise ValueError(f"`logits` must have shape [N, V], got {list(logits.shape)}: flatten the leading dimensions.")
+    objective = QTargetConfig.coerce(config).objective(has_prior=prior_logits is not None)
+    scored = check_labels(labels, *logits.shape, ignore_index)
+    check_token_weights(token_weights, len(labels), objective)
+    check_per_token("sequence_ids", sequence_ids, len(labels))
+    if prior_logits is not None:
+        check_vocabulary("prior_logits", prior_logits.size(-1), logits.size(-1))
+        if prior_logits.shape != logits.shape:
+            raise ValueError(f"`prior_logits` must have the shape of `logits`, got {list(prior_logits.shape)}.")
+    if objective.residual.uses_embeddings and embeddings is None:
+        raise ValueError(
+            f"`embeddings` is missing: the residual {objective.residual.name!r} reads the output embeddings [V, H]."
+        )
+
+    def rows(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[scored]
+
+    tile = Tile(
+        log_probs=torch.log_softmax(_to_statistics_dtype(logits[scored]), dim=-1),
+        labels=labels[scored],
+        prior_logits=_to_statistics_dtype(prior_logits[scored]) if objective.uses_prior else None,
+        token_weights=rows(token_weights),
+        sequence_ids=rows(sequence_ids),
+        embeddings=embeddings,
+    )
+    return objective, objective.target(tile), scored
+
+
+def _target_probs(target: TokenTarget) -> Tensor:
+    """Q `[n, V]` of the scored tokens: `γ δ(y) + π̃⁺ - γ π̃⁻`."""
+    trust = target.trust[:, None]
+    probs = target.positive.probs - trust * target.negative.probs
+    return probs.scatter_add(1, target.tile.labels[:, None], trust)
+
+
+def build_target(
+    logits: Tensor,
+    labels: Tensor,
+    config: QTargetConfig | str | dict[str, Any] | None,
+    *,
+    prior_logits: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    embeddings: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Target:
+    """The target distribution that a configuration makes of these logits (arXiv 2606.11189).
+
+    Args:
+        logits: `[N, V]`, the policy's logits; position `i` predicts `labels[i]` (already shifted).
+        labels: `[N]`, the observed tokens. At `ignore_index`, Q is the policy itself and the scale 0: no gradient.
+        config: a `QTargetConfig`, a method's name, or a dict of fields.
+        prior_logits: `[N, V]`, logits of the prior. Without them `target_sft` and free combinations use the policy
+            itself; every other method with a prior raises.
+        token_weights: `[N]`, weights of the trust `token_weights`.
+        sequence_ids: `[N]`, which document a token belongs to, for per-sequence trusts; None means one sequence.
+        embeddings: `[V, H]`, the output embeddings, for the residual `neighbors`.
+        ignore_index: label of tokens that are not scored.
+
+    Returns:
+        `Target(probs=[N, V], scale=[N])`, in float32 (float64 for float64 logits), without gradient.
+
+    Raises:
+        ValueError: an argument is missing, misshapen or out of range.
+    """
+    objective, target, scored = _token_target(
+        logits, labels, config, prior_logits, token_weights, sequence_ids, embeddings, ignore_index
+    )
+    probs = torch.softmax(_to_statistics_dtype(logits.detach()), dim=-1)
+    probs[scored] = _target_probs(target)
+    scale = probs.new_zeros(len(labels))
+    scale[scored] = target.scale
+    return Target(probs, scale)
+
+
+def qtarget_loss(
+    logits: Tensor,
+    labels: Tensor,
+    config: QTargetConfig | str | dict[str, Any] | None,
+    *,
+    prior_logits: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    embeddings: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> Tensor:
+    """The loss of a configuration on dense logits: value of the published objective, gradient `s * (p - Q)`.
+
+    Arguments as in [`build_target`][trl_qtarget.build_target]; `reduction="mean"` divides by the number of labelled
+    tokens, `"none"` returns `[N]` with zeros at `ignore_index`. If every label is ignored the loss is a differentiable
+    zero.
+
+    Raises:
+        ValueError: an argument is missing, misshapen or out of range.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"`reduction={reduction!r}` is unknown: choose 'mean', 'sum' or 'none'.")
+    objective, target, scored = _token_target(
+        logits, labels, config, prior_logits, token_weights, sequence_ids, embeddings, ignore_index
+    )
+    log_probs = torch.log_softmax(_to_statistics_dtype(logits[scored]), dim=-1)
+    with torch.no_grad():
+        probs, value = _target_probs(target), objective.value(target)
+    # Autograd sees the cross-entropy to the detached target; the value shown is the publication's.
+    to_target = -target.scale * (probs * log_probs).sum(dim=-1)
+    # `masked_scatter` keeps the graph connected where no token is scored.
+    per_token = log_probs.new_zeros(len(labels)).masked_scatter(scored, to_target + (value - to_target).detach())
+    if reduction == "none":
+        return per_token
+    total = per_token.sum()
+    return total if reduction == "sum" else total / scored.sum().clamp(min=1)
+
+
+def induced_target(loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor) -> Tensor:
+    """The target that any differentiable loss trains toward: `p - dL/dz` (arXiv 2606.11189).
+
+    Args:
+        loss_fn: `loss_fn(logits, labels) -> [N]`, a per-token loss; a token's loss depends on its own logits.
+        logits: `[N, V]`.
+        labels: `[N]`.
+
+    Returns:
+        `[N, V]`, in the dtype of `logits`. For a loss with a scale other than one this is the unit-scale target
+        `p - s (p - Q)`.
+
+    Raises:
+        ValueError: `loss_fn` does not return one differentiable number per token.
+    """
+    logits = logits.detach().requires_grad_(True)
+    with torch.enable_grad():
+        losses = loss_fn(logits, labels)
+    if not isinstance(losses, Tensor) or losses.shape != labels.shape:
+        raise ValueError("`loss_fn` must return one loss per token, of the shape of `labels`: remove its reduction.")
+    if not losses.requires_grad:
+        raise ValueError("`loss_fn` returned a loss without gradient: compute it from `logits` differentiably.")
+    (gradient,) = torch.autograd.grad(losses.sum(), logits)
+    return torch.softmax(logits.detach(), dim=-1) - gradient

@@ -1,0 +1,71 @@
+"""The matrix products of the fused loss, with results and sums in float32 whatever the operands' dtype.
+
+Half-precision operands keep their precision-saving tensor cores on CUDA (bf16 with fp32 output); everywhere else they
+are raised to the result's dtype slice by slice, so that no full-precision copy of the whole head is ever made.
+"""
+
+import torch
+from torch import Tensor
+
+
+# Rows of the head raised to full precision at a time: 16 Mi elements, 64 MiB in float32.
+_SLICE_ELEMENTS = 1 << 24
+
+
+def result_dtype(operand_dtype: torch.dtype) -> torch.dtype:
+    """dtype of logits, statistics and accumulators: float64 for float64 operands, float32 for all others."""
+    return torch.float64 if operand_dtype == torch.float64 else torch.float32
+
+
+def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """dtype that the operands are rounded to before a product: autocast's inside autocast, else their common one."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def _has_mixed_gemm(operands: torch.dtype, device: torch.device) -> bool:
+    # fp16 is left out: a gradient of s (p - Q)/N underflows in fp16, and its loss scale is not known in the forward.
+    return device.type == "cuda" and operands == torch.bfloat16
+
+
+def _slices(weight: Tensor) -> list[tuple[int, int]]:
+    step = max(1, _SLICE_ELEMENTS // max(1, weight.size(1)))
+    return [(start, min(start + step, weight.size(0))) for start in range(0, weight.size(0), step)]
+
+
+def _raised(weight: Tensor, start: int, end: int, operands: torch.dtype, dtype: torch.dtype) -> Tensor:
+    return weight[start:end].to(operands).to(dtype)
+
+
+def project(out: Tensor, hidden: Tensor, weight: Tensor, operands: torch.dtype) -> None:
+    """`out[n, V] = hidden[n, H] @ weight[V, H].T`."""
+    if operands == out.dtype:
+        torch.mm(hidden.to(operands), weight.to(operands).t(), out=out)
+    elif _has_mixed_gemm(operands, out.device):
+        torch.mm(hidden.to(operands), weight.to(operands).t(), out_dtype=out.dtype, out=out)
+    else:
+        hidden = hidden.to(operands).to(out.dtype)
+        for start, end in _slices(weight):
+            torch.mm(hidden, _raised(weight, start, end, operands, out.dtype).t(), out=out[:, start:end])
+
+
+def backproject(out: Tensor, grad_logits: Tensor, weight: Tensor, operands: torch.dtype) -> None:
+    """`out[n, H] = grad_logits[n, V] @ weight[V, H]`."""
+    if operands == out.dtype:
+        torch.mm(grad_logits, weight.to(operands), out=out)
+    elif _has_mixed_gemm(operands, out.device):
+        torch.mm(grad_logits.to(operands), weight.to(operands), out_dtype=out.dtype, out=out)
+    else:
+        out.zero_()
+        for start, end in _slices(weight):
+            out.addmm_(grad_logits[:, start:end], _raised(weight, start, end, operands, out.dtype))
+
+
+def accumulate_weight(out: Tensor, grad_logits: Tensor, hidden: Tensor, operands: torch.dtype) -> None:
+    """`out[V, H] += grad_logits[n, V].T @ hidden[n, H]`."""
+    if operands != out.dtype and _has_mixed_gemm(operands, out.device):
+        torch.addmm(out, grad_logits.to(operands).t(), hidden.to(operands), out_dtype=out.dtype, out=out)
+    else:
+        out.addmm_(grad_logits.t(), hidden.to(operands).to(out.dtype))

@@ -1,0 +1,391 @@
+"""The fused loss: hidden states times LM head, toward a target, without the `[N, V]` logits.
+
+Tokens are scored in chunks. While a chunk's logits are at hand, every statistic, the loss and at once the gradient
+`s (p - Q)/num_items` are computed, the gradient over the logits in place, and multiplied back into the gradients of
+the hidden states and of the head. The backward pass only multiplies by the incoming scalar. So nothing is projected
+twice: 3 products of size N·V·H (2 with a frozen head), and one more with a prior.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import gemm
+from .checks import check_labels, check_per_token, check_token_weights, check_vocabulary
+from .config import QTargetConfig
+from .methods import Objective, TokenTarget
+from .tile import LabelStatistics, Measure, Tile
+
+
+# Logits of a chunk: 64 Mi elements, 256 MiB in float32. Large enough for full-speed products (hundreds of tokens at the
+# largest vocabularies), small beside the rest of a training step.
+_CHUNK_ELEMENTS = 1 << 26
+# Logits worked on at a time between two products. On a CPU this block stays in the cache through all passes over it.
+_BLOCK_ELEMENTS = {"cpu": 1 << 20}
+_DEFAULT_BLOCK_ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True)
+class Head:
+    """An LM head: `logits = softcap · tanh(scale · (hidden @ weight.T + bias) / softcap)`; no cap without `softcap`.
+
+    `weight[V, H]`, `bias[V]` or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    def detach(self) -> "Head":
+        """The same head without gradient."""
+        bias = None if self.bias is None else self.bias.detach()
+        return Head(self.weight.detach(), bias, self.logit_scale, self.logit_softcap)
+
+    def transform(self, logits: Tensor) -> None:
+        """Turn `hidden @ weight.T` into logits, in place."""
+        if self.bias is not None:
+            logits.add_(self.bias.to(logits.dtype))
+        if self.logit_scale != 1.0:
+            logits.mul_(self.logit_scale)
+        if self.logit_softcap is not None:
+            logits.div_(self.logit_softcap).tanh_().mul_(self.logit_softcap)
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """Derivative of `transform`'s result with respect to `hidden @ weight.T`, from the result."""
+        if self.logit_softcap is None:
+            return self.logit_scale
+        return (logits / self.logit_softcap).square_().neg_().add_(1.0).mul_(self.logit_scale)
+
+
+@dataclass
+class LinearQTargetOutput:
+    """Result of [`linear_qtarget_loss`][trl_qtarget.linear_qtarget_loss].
+
+    `loss` is a scalar with gradient. All others are `[N]`, detached, and zero where the label is ignored:
+
+    Attributes:
+        loss: sum of `token_loss` over `num_items_in_batch`.
+        token_loss: the published objective of each token.
+        nll: plain negative log-likelihood of the label, in nats.
+        trust: γ.
+        label_mass: Q(y), the probability that the target puts on the label.
+        kl: KL(Q‖p) in nats; NaN where Q has negative entries.
+        entropy: entropy of the policy, in nats.
+        is_top1: 1 where no token is more probable than the label.
+        scored: whether the label is not ignored (bool).
+    """
+
+    loss: Tensor
+    token_loss: Tensor
+    nll: Tensor
+    trust: Tensor
+    label_mass: Tensor
+    kl: Tensor
+    entropy: Tensor
+    is_top1: Tensor
+    scored: Tensor
+
+
+_STATISTICS = ("token_loss", "nll", "trust", "label_mass", "kl", "entropy", "is_top1")
+
+
+class _PrecomputedGradient(torch.autograd.Function):
+    """Attach gradients that were computed in the forward pass to a scalar loss."""
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, gradients: tuple[Tensor | None, ...], *inputs: Tensor | None) -> Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss: Tensor):
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "The fused loss keeps one set of gradients, which a first backward pass has already taken: compute the "
+                "loss again for a second one, or use `qtarget_loss` on dense logits."
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        # In place: a second copy of the head's gradient would double what the loss needs at its peak.
+        return None, None, *(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients)
+
+
+def linear_qtarget_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    config: QTargetConfig | str | dict[str, Any] | None,
+    *,
+    bias: Tensor | None = None,
+    prior_hidden: Tensor | None = None,
+    prior_weight: Tensor | None = None,
+    prior_bias: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    prior_logit_scale: float = 1.0,
+    prior_logit_softcap: float | None = None,
+    ignore_index: int = -100,
+) -> LinearQTargetOutput:
+    """The loss of a configuration from hidden states and an LM head, equal to `qtarget_loss` on their logits.
+
+    Args:
+        hidden: `[N, H]`, the policy's last hidden states; position `i` predicts `labels[i]` (already shifted).
+        weight: `[V, H]`, the LM head. Without `requires_grad`, the work for its gradient is left out.
+        labels: `[N]`, the observed tokens; those equal to `ignore_index` are not even projected.
+        config: a `QTargetConfig`, a method's name, or a dict of fields.
+        bias: `[V]`, bias of the head.
+        prior_hidden, prior_weight, prior_bias: `[N, H']`, `[V, H']`, `[V]`, the same of the prior, whose width H' may
+            differ. Without them `target_sft` and free combinations use the policy itself; every other method with a
+            prior raises.
+        token_weights: `[N]`, weights of the trust `token_weights`.
+        sequence_ids: `[N]`, which document a token belongs to, for per-sequence trusts; None means one sequence.
+        num_items_in_batch: what the summed loss is divided by; None means the number of labelled tokens here.
+        logit_scale, logit_softcap: the head computes `softcap · tanh(scale · logits / softcap)`.
+        prior_logit_scale, prior_logit_softcap: the same of the prior's head.
+        ignore_index: label of tokens that are not scored.
+
+    Returns:
+        A [`LinearQTargetOutput`][trl_qtarget.linear.LinearQTargetOutput] with `.loss` and per-token statistics.
+        If every label is ignored the loss is a differentiable zero. Without gradients enabled, no gradient is computed.
+
+    Raises:
+        ValueError: an argument is missing, misshapen or out of range.
+    """
+    config = QTargetConfig.coerce(config)
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.size(1) != weight.size(1):
+        raise ValueError(
+            f"`hidden` must be [N, H] and `weight` [V, H], got {list(hidden.shape)} and {list(weight.shape)}."
+        )
+    if (prior_hidden is None) != (prior_weight is None):
+        raise ValueError("`prior_hidden` and `prior_weight` belong together: pass both or none.")
+    objective = config.objective(has_prior=prior_hidden is not None)
+    check_labels(labels, hidden.size(0), weight.size(0), ignore_index)
+    check_token_weights(token_weights, len(labels), objective)
+    check_per_token("sequence_ids", sequence_ids, len(labels))
+    prior_head = None
+    if prior_hidden is not None:
+        check_vocabulary("prior_weight", prior_weight.size(0), weight.size(0))
+        if prior_hidden.dim() != 2 or prior_hidden.size(0) != hidden.size(0):
+            raise ValueError(f"`prior_hidden` must have one row per row of `hidden`, got {list(prior_hidden.shape)}.")
+        prior_head = Head(prior_weight, prior_bias, prior_logit_scale, prior_logit_softcap)
+    return fused_loss(
+        objective,
+        hidden,
+        Head(weight, bias, logit_scale, logit_softcap),
+        labels,
+        prior_hidden=prior_hidden,
+        prior_head=prior_head,
+        token_weights=token_weights,
+        sequence_ids=sequence_ids,
+        num_items_in_batch=num_items_in_batch,
+        ignore_index=ignore_index,
+        chunk_tokens=config.chunk_tokens,
+    )
+
+
+def fused_loss(
+    objective: Objective,
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    *,
+    prior_hidden: Tensor | None = None,
+    prior_head: Head | None = None,
+    token_weights: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    chunk_tokens: int | None = None,
+) -> LinearQTargetOutput:
+    """`linear_qtarget_loss` for arguments that are known to be good, as the trainer's are."""
+    scored = labels != ignore_index
+    index = scored.nonzero().squeeze(1)
+
+    def rows(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.detach()[index]
+
+    batch = _Batch(
+        objective=objective,
+        head=head.detach(),
+        hidden=rows(hidden),
+        labels=labels[index],
+        prior_head=prior_head.detach() if objective.uses_prior else None,
+        prior_hidden=rows(prior_hidden) if objective.uses_prior else None,
+        token_weights=rows(token_weights),
+        sequence_ids=rows(sequence_ids),
+        chunk_tokens=chunk_tokens,
+    )
+    count = len(index) if num_items_in_batch is None else num_items_in_batch
+    inverse_count = 1 / torch.as_tensor(count, dtype=batch.dtype, device=hidden.device).clamp(min=1)
+
+    inputs = (hidden, head.weight, head.bias)
+    wanted = [torch.is_grad_enabled() and value is not None and value.requires_grad for value in inputs]
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        statistics, gradients = batch.run(inverse_count, *wanted)
+        loss = statistics["token_loss"].sum() * inverse_count
+        if gradients[0] is not None:
+            gradients[0] = torch.zeros_like(hidden).index_copy_(0, index, gradients[0].to(hidden.dtype))
+        gradients = tuple(
+            None if gradient is None else gradient.to(value.dtype)
+            for gradient, value in zip(gradients, inputs, strict=True)
+        )
+        spread = {
+            name: value.new_zeros(len(labels)).index_copy_(0, index, value) for name, value in statistics.items()
+        }
+    if any(wanted):
+        loss = _PrecomputedGradient.apply(loss, gradients, *inputs)
+    return LinearQTargetOutput(loss=loss, scored=scored, **spread)
+
+
+@dataclass
+class _Batch:
+    """The scored tokens of one call (`N` of them) and the loop over their chunks."""
+
+    objective: Objective
+    head: Head
+    hidden: Tensor
+    labels: Tensor
+    prior_head: Head | None
+    prior_hidden: Tensor | None
+    token_weights: Tensor | None
+    sequence_ids: Tensor | None
+    chunk_tokens: int | None
+
+    def __post_init__(self):
+        # Autocast is read here, before it is switched off for the loop.
+        self.operands = gemm.operand_dtype(self.hidden, self.head.weight)
+        self.dtype = gemm.result_dtype(self.operands)
+        if self.prior_head is not None:
+            self.prior_operands = gemm.operand_dtype(self.prior_hidden, self.prior_head.weight)
+        tokens, vocabulary = len(self.labels), self.head.weight.size(0)
+        most = min(self.chunk_tokens or max(1, _CHUNK_ELEMENTS // vocabulary), max(1, tokens))
+        chunks = max(1, -(-tokens // most))
+        self.chunk = -(-tokens // chunks)  # equal chunks: a small last one would waste the speed of its products
+        elements = _BLOCK_ELEMENTS.get(self.hidden.device.type, _DEFAULT_BLOCK_ELEMENTS)
+        self.block = max(1, elements // vocabulary)
+        shape = (self.chunk, vocabulary)
+        self.logits = torch.empty(shape, dtype=self.dtype, device=self.hidden.device)
+        self.prior_logits = torch.empty_like(self.logits) if self.prior_head is not None else None
+
+    def run(
+        self, inverse_count: Tensor, hidden_grad: bool, weight_grad: bool, bias_grad: bool
+    ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+        """Score every chunk; return the statistics `[N]` and the gradients of hidden, weight and bias."""
+        tokens, head = len(self.labels), self.head
+        new = self.logits.new_zeros
+        statistics = {name: new(tokens) for name in _STATISTICS}
+        any_grad = hidden_grad or weight_grad or bias_grad
+        gradients = [
+            new(self.hidden.shape) if hidden_grad else None,
+            new(head.weight.shape) if weight_grad else None,
+            new(head.weight.size(0)) if bias_grad else None,
+        ]
+        trust = self._sequence_trust() if self.objective.trust.per_sequence else None
+
+        for chunk, logits, prior_logits in self._project():
+            for block in self._blocks(chunk):
+                local = slice(block.start - chunk.start, block.stop - chunk.start)
+                z = logits[local]
+                slope = head.slope(z) if any_grad else None
+                tile = self._tile(block, z, None if prior_logits is None else prior_logits[local])
+                target = self.objective.target(tile, None if trust is None else trust[block])
+                self._record(statistics, block, target)
+                if any_grad:
+                    self._write_gradient(z, target, inverse_count, slope)
+            if hidden_grad:
+                gemm.backproject(gradients[0][chunk], logits, head.weight, self.operands)
+            if weight_grad:
+                gemm.accumulate_weight(gradients[1], logits, self.hidden[chunk], self.operands)
+            if bias_grad:
+                gradients[2] += logits.sum(0)
+        return statistics, gradients
+
+    def _project(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Yield each chunk with its logits and its prior's logits, in buffers that the next chunk overwrites."""
+        for start in range(0, len(self.labels), self.chunk):
+            chunk = slice(start, min(start + self.chunk, len(self.labels)))
+            logits, prior_logits = self.logits[: chunk.stop - start], None
+            gemm.project(logits, self.hidden[chunk], self.head.weight, self.operands)
+            if self.prior_head is not None:
+                prior_logits = self.prior_logits[: chunk.stop - start]
+                gemm.project(prior_logits, self.prior_hidden[chunk], self.prior_head.weight, self.prior_operands)
+            for block in self._blocks(slice(0, chunk.stop - start)):
+                self.head.transform(logits[block])
+                if self.prior_head is not None:
+                    self.prior_head.transform(prior_logits[block])
+            yield chunk, logits, prior_logits
+
+    def _blocks(self, chunk: slice) -> Iterator[slice]:
+        for start in range(chunk.start, chunk.stop, self.block):
+            yield slice(start, min(start + self.block, chunk.stop))
+
+    def _tile(self, block: slice, logits: Tensor, prior_logits: Tensor | None) -> Tile:
+        return Tile(
+            log_probs=torch.log_softmax(logits, dim=-1, out=logits),
+            labels=self.labels[block],
+            prior_logits=prior_logits,
+            token_weights=None if self.token_weights is None else self.token_weights[block],
+            embeddings=self.head.weight,
+            reuse_buffers=True,
+        )
+
+    def _sequence_trust(self) -> Tensor:
+        """γ `[N]` of a trust that needs whole sequences: one pass over the logits for the labels' log-probabilities."""
+        policy, prior = self.logits.new_empty(len(self.labels)), None
+        if self.prior_head is not None:
+            prior = torch.empty_like(policy)
+        for chunk, logits, prior_logits in self._project():
+            for block in self._blocks(chunk):
+                local = slice(block.start - chunk.start, block.stop - chunk.start)
+                tile = self._tile(block, logits[local], None if prior is None else prior_logits[local])
+                policy[block] = tile.label_log_probs
+                if prior is not None:
+                    prior[block] = tile.prior_label_log_probs
+        labels = LabelStatistics(policy, policy if prior is None else prior, self.token_weights, self.sequence_ids)
+        return self.objective.trust(labels, self.objective.knobs).to(self.dtype)
+
+    def _record(self, statistics: dict[str, Tensor], block: slice, target: TokenTarget) -> None:
+        statistics["token_loss"][block] = self.objective.value(target)
+        statistics["nll"][block] = target.nll
+        statistics["trust"][block] = target.trust
+        statistics["label_mass"][block] = target.label_mass
+        statistics["kl"][block] = target.kl
+        statistics["entropy"][block] = target.tile.policy.entropy
+        statistics["is_top1"][block] = target.tile.is_top1.to(self.dtype)
+
+    def _write_gradient(self, out: Tensor, target: TokenTarget, inverse_count: Tensor, slope: Tensor | float) -> None:
+        """`out = s (p - γ δ - π̃⁺ + γ π̃⁻)/num_items · slope`, over the policy's log-probabilities.
+
+        Measures that are the same tensor are added up first: a policy residual leaves `s γ (p - δ)`, one pass.
+        """
+        scale = target.scale * inverse_count
+        trust = target.trust
+        policy = target.tile.policy
+        terms = [policy, target.positive, target.negative]
+        signs = [(1, 0), (-1, 0), (0, 1)]  # coefficient = constant + factor · γ
+        coefficients: dict[int, tuple[Measure, int, int]] = {}
+        for measure, (constant, factor) in zip(terms, signs, strict=True):
+            _, old_constant, old_factor = coefficients.get(id(measure), (measure, 0, 0))
+            coefficients[id(measure)] = (measure, old_constant + constant, old_factor + factor)
+
+        probs = [
+            (measure.probs, (scale * (constant + factor * trust))[:, None])
+            for measure, constant, factor in coefficients.values()
+            if constant or factor
+        ]
+        (first, coefficient), rest = probs[0], probs[1:]
+        torch.mul(first, coefficient, out=out)
+        for values, coefficient in rest:
+            out.addcmul_(values, coefficient)
+        out.scatter_add_(1, target.tile.labels[:, None], (-scale * trust)[:, None])
+        if isinstance(slope, Tensor):
+            out.mul_(slope)
+        elif slope != 1.0:
+            out.mul_(slope)

@@ -1,0 +1,128 @@
+"""Designs by name: what `register_trust` and `register_residual` put on the shelf.
+
+A design is a plain function whose keyword-only parameters are its knobs. The signature is the whole declaration: the
+parameter's default is the knob's default and its annotation (`Unit`, `Positive`, ...) is the knob's range. So a user's
+own function takes part in configuration files and error messages exactly like a built-in one.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, get_type_hints
+
+
+# The numeric knobs that `QTargetConfig` has fields for. A design names its knobs from this list.
+KNOBS = ("eta", "alpha", "tau", "lam", "beta", "epsilon", "top_k", "temperature", "clip_max")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Closed interval of allowed values; `open_low` excludes the lower end, `whole` asks for an integer."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    whole: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            return False
+        if self.whole and not isinstance(value, int):
+            return False
+        above = value > self.low if self.open_low else value >= self.low
+        return above and value <= self.high
+
+    def __str__(self) -> str:
+        kind = "an integer" if self.whole else "a number"
+        if math.isfinite(self.high):
+            return f"{kind} in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
+        if math.isfinite(self.low):
+            return f"{kind} {'>' if self.open_low else '>='} {self.low:g}"
+        return f"{kind} that is finite"
+
+
+Unit = Annotated[float, Range(0, 1)]
+NonNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, open_low=True)]
+Count = Annotated[int, Range(1, whole=True)]
+AtLeastTwo = Annotated[int, Range(2, whole=True)]
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One tunable number of a design: its default and the values it may take."""
+
+    default: float
+    range: Range
+
+
+def read_knobs(function: Callable) -> dict[str, Knob]:
+    """Knobs of a function: its keyword-only parameters, with default and range."""
+    hints = get_type_hints(function, include_extras=True)
+    knobs = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        if name not in KNOBS:
+            raise ValueError(
+                f"`{name}` is not a knob that `QTargetConfig` has: name the keyword-only parameters of "
+                f"`{function.__name__}` from {', '.join(KNOBS)}, or bind other values with `functools.partial`."
+            )
+        if parameter.default is inspect.Parameter.empty:
+            raise ValueError(f"`{name}` of `{function.__name__}` has no default: give it one, e.g. `*, {name}=1.0`.")
+        ranges = [extra for extra in getattr(hints.get(name), "__metadata__", ()) if isinstance(extra, Range)]
+        knobs[name] = Knob(parameter.default, ranges[0] if ranges else Range())
+    return knobs
+
+
+@dataclass(frozen=True)
+class Design:
+    """A trust or a residual on the shelf."""
+
+    name: str
+    function: Callable
+    uses_prior: bool = False
+    per_sequence: bool = False
+    uses_token_weights: bool = False
+    uses_embeddings: bool = False
+    # (knobs, prior_is_policy) -> whether this residual is the policy's own distribution with these settings
+    is_policy: Callable[[dict[str, float], bool], bool] = field(default=lambda knobs, prior_is_policy: False)
+    knobs: dict[str, Knob] = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "knobs", read_knobs(self.function))
+
+    def __call__(self, tile: Any, knobs: dict[str, float]) -> Any:
+        return self.function(tile, **{name: knobs[name] for name in self.knobs if name in knobs})
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+
+class Shelf(dict[str, Design]):
+    """All designs of one kind, by name; a look-up that fails says which names exist."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+
+    def find(self, name: str) -> Design:
+        if name not in self:
+            raise ValueError(
+                f"`{self.kind}={name!r}` is unknown. Known names: {', '.join(sorted(self))}. "
+                f"Register your own with `register_{self.kind}` before the configuration is made."
+            )
+        return self[name]
+
+    def register(self, name: str, function: Callable | None = None, **properties: Any) -> Callable:
+        """Put `function` on the shelf; without it, return a decorator. A name is registered once."""
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"`name` must be a non-empty string, got {name!r}.")
+        if function is None:
+            return lambda decorated: self.register(name, decorated, **properties)
+        if name in self and self[name].function is not function:
+            raise ValueError(f"`{self.kind}={name!r}` is registered already: choose another name.")
+        self[name] = Design(name, function, **properties)
+        return function

@@ -1,0 +1,104 @@
+"""Residual: where the probability goes that the observed token does not get.
+
+Each residual is a function from a tile of tokens to the log-probabilities of π̃ `[n, V]`, in the target
+`Q = γ δ(y) + (1 - γ) π̃`. Its keyword-only parameters are its knobs.
+
+One published objective (GEM) takes mass away from another distribution than the one it gives mass to. A residual may
+therefore return two measures, `(positive, negative)`, and then `Q = γ δ(y) + π̃⁺ - γ π̃⁻`; they are equal in every
+other residual. (The unifying table of arXiv 2606.11189 uses the same π̃⁺ and π̃⁻.)
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .registry import Count, Positive, Shelf, Unit
+from .tile import Tile
+
+
+RESIDUALS = Shelf("residual")
+
+
+def register_residual(name: str, function: Callable | None = None, **properties: Any) -> Callable:
+    """Add a residual design under `name`, for `QTargetConfig(method=None, trust=..., residual=name)`.
+
+    Args:
+        name: the name to use in configurations.
+        function: `function(tile, *, knob=default, ...) -> log π̃ [n, V]`, log-probabilities that sum to one in every
+            row; use the dtype's lowest finite number, not `-inf`, for a zero. `tile` is a
+            [`Tile`][trl_qtarget.tile.Tile] of `n` scored tokens: `log_probs[n, V]`, `labels[n]`, `prior_logits[n, V]`
+            if `uses_prior`, `embeddings[V, H]` if `uses_embeddings`; do not write into them. Knobs as in
+            [`register_trust`][trl_qtarget.register_trust]. Without `function`, a decorator is returned.
+        uses_prior: whether the function reads the prior.
+        uses_embeddings: whether the function reads the output embeddings.
+
+    Returns:
+        The function, or a decorator.
+
+    Raises:
+        ValueError: the name is taken, or a keyword-only parameter is not a knob of `QTargetConfig`.
+
+    Example:
+        >>> @register_residual("tempered")
+        ... def tempered(tile, *, temperature: Positive = 2.0):
+        ...     return torch.log_softmax(tile.log_probs / temperature, dim=-1)
+    """
+    return RESIDUALS.register(name, function, **properties)
+
+
+@register_residual("policy", is_policy=lambda knobs, prior_is_policy: True)
+def policy(tile: Tile) -> Tensor:
+    """π̃ = p, the policy itself: the target becomes a pure re-weighting of the NLL."""
+    return tile.log_probs
+
+
+@register_residual("uniform")
+def uniform(tile: Tile) -> Tensor:
+    """π̃ = 1/V over the whole vocabulary, the label included."""
+    return torch.full_like(tile.log_probs, -math.log(tile.log_probs.size(-1)))
+
+
+@register_residual(
+    "prior",
+    uses_prior=True,
+    is_policy=lambda knobs, prior_is_policy: prior_is_policy and knobs.get("temperature", 1.0) == 1.0,
+)
+def prior(tile: Tile, *, temperature: Positive = 1.0) -> Tensor:
+    """π̃ = softmax(t/temperature), the prior's (a teacher's) distribution."""
+    if temperature == 1.0:
+        return tile.prior_log_probs
+    return torch.log_softmax(tile.prior_logits / temperature, dim=-1)
+
+
+@register_residual(
+    "guided", uses_prior=True, is_policy=lambda knobs, prior_is_policy: prior_is_policy or knobs["eta"] == 0
+)
+def guided(tile: Tile, *, eta: Unit = 0.5) -> Tensor:
+    """π̃ ∝ p^(1-eta) · π_prior^eta: the policy, steered by the prior."""
+    mixed = torch.lerp(tile.log_probs, tile.prior_logits, eta)
+    return torch.log_softmax(mixed, dim=-1, out=mixed)
+
+
+@register_residual("sharpened")
+def sharpened(tile: Tile, *, beta: Positive = 0.7) -> tuple[Tensor, Tensor]:
+    """π̃⁺ = p and π̃⁻ = softmax(z/beta): the label's gain is taken from the tokens the policy prefers."""
+    return tile.log_probs, torch.log_softmax(tile.log_probs / beta, dim=-1)
+
+
+@register_residual("neighbors", uses_embeddings=True)
+def neighbors(tile: Tile, *, top_k: Count = 20, temperature: Positive = 1.0) -> Tensor:
+    """π̃ = softmax(cosine/temperature) over the label's top_k nearest other tokens in the output embeddings."""
+    dtype = tile.log_probs.dtype
+    embeddings = tile.embeddings.to(dtype)
+    norms = embeddings.norm(dim=-1).clamp(min=torch.finfo(dtype).tiny)
+    labels, index = torch.unique(tile.labels, return_inverse=True)
+    cosine = embeddings[labels] @ embeddings.t() / norms / norms[labels, None]
+    cosine.scatter_(1, labels[:, None], -torch.inf)
+    similarity, nearest = cosine.topk(min(top_k, cosine.size(-1) - 1), dim=-1)
+    floor = torch.finfo(dtype).min
+    log_probs = torch.full_like(cosine, floor)
+    log_probs.scatter_(1, nearest, torch.log_softmax(similarity / temperature, dim=-1))
+    return log_probs[index]
