@@ -1,5 +1,7 @@
 """Supervised fine-tuning toward an explicit target distribution: a plugin of Hugging Face TRL."""
 
+from typing import TYPE_CHECKING, Any
+
 from .config import QTargetConfig
 from .dense import Target, build_target, induced_target, qtarget_loss
 from .linear import LinearQTargetOutput, linear_qtarget_loss
@@ -8,12 +10,16 @@ from .residual import register_residual
 from .trust import register_trust
 
 
+if TYPE_CHECKING:
+    from .trainer import QTargetSFTTrainer
+
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
     "LinearQTargetOutput",
     "QTargetConfig",
+    "QTargetSFTTrainer",
     "Target",
     "__version__",
     "build_target",
@@ -23,3 +29,12 @@ __all__ = [
     "register_residual",
     "register_trust",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # TRL and transformers take seconds to import, and the losses need neither.
+    if name == "QTargetSFTTrainer":
+        from .trainer import QTargetSFTTrainer
+
+        return QTargetSFTTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -215,7 +215,7 @@ class QTargetConfig:
 
     @classmethod
     def coerce(cls, value: "QTargetConfig | str | dict[str, Any] | None") -> "QTargetConfig":
-        """A configuration from what users write for one: a method's name, a dict of fields, or None for the default."""
+        """A configuration from what users write for one: a method's name, a dict of fields, None for the default."""
         if isinstance(value, cls):
             value.__post_init__()  # fields may have been set since it was made
             return value

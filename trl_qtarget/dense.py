@@ -107,7 +107,7 @@ def build_target(
     Raises:
         ValueError: an argument is missing, misshapen or out of range.
     """
-    objective, target, scored = _token_target(
+    _, target, scored = _token_target(
         logits, labels, config, prior_logits, token_weights, sequence_ids, embeddings, ignore_index
     )
     probs = torch.softmax(_to_statistics_dtype(logits.detach()), dim=-1)

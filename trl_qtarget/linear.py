@@ -20,8 +20,8 @@ from .methods import Objective, TokenTarget
 from .tile import LabelStatistics, Measure, Tile
 
 
-# Logits of a chunk: 64 Mi elements, 256 MiB in float32. Large enough for full-speed products (hundreds of tokens at the
-# largest vocabularies), small beside the rest of a training step.
+# Logits of a chunk: 64 Mi elements, 256 MiB in float32. Large enough for full-speed products (hundreds of tokens at
+# the largest vocabularies), small beside the rest of a training step.
 _CHUNK_ELEMENTS = 1 << 26
 # Logits worked on at a time between two products. On a CPU this block stays in the cache through all passes over it.
 _BLOCK_ELEMENTS = {"cpu": 1 << 20}
@@ -106,8 +106,8 @@ class _PrecomputedGradient(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor):
         if ctx.gradients is None:
             raise RuntimeError(
-                "The fused loss keeps one set of gradients, which a first backward pass has already taken: compute the "
-                "loss again for a second one, or use `qtarget_loss` on dense logits."
+                "The fused loss keeps one set of gradients, which a first backward pass has already taken: compute "
+                "the loss again for a second one, or use `qtarget_loss` on dense logits."
             )
         gradients, ctx.gradients = ctx.gradients, None
         # In place: a second copy of the head's gradient would double what the loss needs at its peak.
@@ -153,7 +153,7 @@ def linear_qtarget_loss(
 
     Returns:
         A [`LinearQTargetOutput`][trl_qtarget.linear.LinearQTargetOutput] with `.loss` and per-token statistics.
-        If every label is ignored the loss is a differentiable zero. Without gradients enabled, no gradient is computed.
+        If every label is ignored the loss is a differentiable zero. With gradients disabled, none is computed.
 
     Raises:
         ValueError: an argument is missing, misshapen or out of range.
@@ -337,7 +337,7 @@ class _Batch:
         )
 
     def _sequence_trust(self) -> Tensor:
-        """γ `[N]` of a trust that needs whole sequences: one pass over the logits for the labels' log-probabilities."""
+        """γ `[N]` of a trust that needs whole sequences, from one extra pass over the logits."""
         policy, prior = self.logits.new_empty(len(self.labels)), None
         if self.prior_head is not None:
             prior = torch.empty_like(policy)

@@ -65,7 +65,7 @@ class TokenTarget:
         return torch.where((rest >= 0) & (rest <= 1), negative_entropy + cross_entropy, math.nan)
 
 
-# --- scale: s, one number per token -----------------------------------------------------------------------------------
+# --- scale: s, one number per token ---
 
 
 def unit_scale(tile: Tile) -> Tensor:
@@ -83,7 +83,7 @@ def probability_anchor_scale(tile: Tile, *, lam: NonNegative = 0.05) -> Tensor:
     return tile.label_probs + lam
 
 
-# --- value: the published loss of a token -----------------------------------------------------------------------------
+# --- value: the published loss of a token ---
 
 
 def cross_entropy(target: TokenTarget) -> Tensor:
@@ -119,7 +119,7 @@ def clipped_ratio_loss(target: TokenTarget, *, epsilon: NonNegative = 0.28) -> T
     return -ratio.clamp(max=1 + epsilon)
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- the table ---
 
 
 @dataclass(frozen=True, kw_only=True)

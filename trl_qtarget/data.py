@@ -1,0 +1,177 @@
+"""Columns with one number per token, kept aligned with the tokens from the dataset to the batch.
+
+TRL prepares, truncates and packs `input_ids` and `labels` only. Where a target needs another column (the weights of
+`cft`; the document that a token comes from, for a per-sequence trust under packing), it takes the same steps here.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from trl.data_utils import get_dataset_column_names, pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import global_then_local_main_first
+
+
+WEIGHTS_KEY = "token_weights"
+SEQUENCES_KEY = "sequence_ids"
+
+
+@dataclass(frozen=True)
+class TokenColumns:
+    """Which per-token columns the target needs: the weights' column name or None, and whether documents are told."""
+
+    weights: str | None = None
+    documents: bool = False
+
+    def __bool__(self) -> bool:
+        return self.weights is not None or self.documents
+
+    def keys(self) -> dict[str, str]:
+        """Dataset column -> name in the batch."""
+        keys = {self.weights: WEIGHTS_KEY} if self.weights is not None else {}
+        return keys | ({SEQUENCES_KEY: SEQUENCES_KEY} if self.documents else {})
+
+
+def check_column(column: str, datasets: dict[str, Any]) -> None:
+    """Raise unless every dataset has the weight column."""
+    for name, dataset in datasets.items():
+        columns = get_dataset_column_names(dataset)
+        if column not in columns:
+            raise ValueError(
+                f"`token_weight_column={column!r}` is missing from the {name} dataset, whose columns are "
+                f"{sorted(columns)}: add a list with one weight per token, or name the right column."
+            )
+
+
+def check_weights(weights: Any, tokens: int, column: str, row: Any) -> list[float]:
+    """The weights of one example as floats, if there is one per token, finite and not negative."""
+    weights = [math.nan if weight is None else float(weight) for weight in (weights if weights is not None else [])]
+    if len(weights) != tokens:
+        raise ValueError(
+            f"`{column}` of example {row} has {len(weights)} weights for {tokens} tokens: give one weight per token "
+            "of `input_ids`, prompt and special tokens included. Tokenize the dataset first to be sure of its length."
+        )
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+        raise ValueError(f"`{column}` of example {row} has a weight that is negative, NaN or infinite: use >= 0.")
+    return weights
+
+
+def prepare_with_columns(
+    prepare: Callable[..., Dataset | IterableDataset],
+    columns: TokenColumns,
+    dataset: Dataset | IterableDataset,
+    processing_class: Any,
+    args: Any,
+    packing: bool,
+    formatting_func: Callable | None,
+    dataset_name: str,
+) -> Dataset | IterableDataset:
+    """`SFTTrainer._prepare_dataset`, with truncation, packing and shuffling applied to the extra columns too.
+
+    Args:
+        prepare: TRL's own `_prepare_dataset`, which here only tokenizes and builds labels.
+        columns: the columns to keep. The other arguments are those of `_prepare_dataset`.
+    """
+    plain = copy.copy(args)
+    plain.max_length, plain.shuffle_dataset = None, False
+    dataset = prepare(dataset, processing_class, plain, False, formatting_func, dataset_name)
+    token_columns = ["input_ids", "labels"] + ([columns.weights] if columns.weights is not None else [])
+
+    with global_then_local_main_first():
+        if columns.weights is not None:
+            dataset = _map(dataset, args, _checked(columns.weights), f"Checking weights of {dataset_name} dataset")
+        if packing:
+            return _pack(dataset, args, columns, token_columns, dataset_name)
+        if args.max_length is not None:
+            dataset = _map(dataset, args, _truncation(args, token_columns), f"Truncating {dataset_name} dataset")
+            dataset = dataset.filter(lambda example: any(label != -100 for label in example["labels"]))
+        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+
+def _map(dataset: Dataset | IterableDataset, args: Any, function: Callable, description: str) -> Any:
+    if isinstance(dataset, Dataset):
+        return dataset.map(function, with_indices=True, num_proc=args.dataset_num_proc, desc=description)
+    return dataset.map(function, with_indices=True)
+
+
+def _checked(column: str) -> Callable:
+    def check(example: dict[str, Any], row: int) -> dict[str, Any]:
+        return {column: check_weights(example[column], len(example["input_ids"]), column, row)}
+
+    return check
+
+
+def _truncation(args: Any, token_columns: list[str]) -> Callable:
+    if args.truncation_mode not in ("keep_start", "keep_end"):
+        raise ValueError(f"`truncation_mode={args.truncation_mode!r}` is unknown: use 'keep_start' or 'keep_end'.")
+    kept = slice(None, args.max_length) if args.truncation_mode == "keep_start" else slice(-args.max_length, None)
+
+    def truncate(example: dict[str, Any], row: int) -> dict[str, Any]:
+        return {column: example[column][kept] for column in token_columns}
+
+    return truncate
+
+
+def _pack(
+    dataset: Dataset | IterableDataset, args: Any, columns: TokenColumns, token_columns: list[str], name: str
+) -> Dataset | IterableDataset:
+    if args.max_length is None:
+        raise ValueError("`max_length=None` leaves packing without a length to pack to: set `max_length`.")
+    if columns.documents:
+
+        def number(example: dict[str, Any], row: int) -> dict[str, Any]:
+            return {SEQUENCES_KEY: [row] * len(example["input_ids"])}
+
+        dataset = _map(dataset, args, number, f"Numbering documents of {name} dataset")
+        token_columns = [*token_columns, SEQUENCES_KEY]
+    dataset = dataset.select_columns(token_columns)
+    if args.shuffle_dataset:
+        dataset = dataset.shuffle(seed=args.seed)
+    options = {"num_proc": args.dataset_num_proc, "desc": f"Packing {name} dataset"}
+    dataset = pack_dataset(
+        dataset, args.max_length, args.packing_strategy, options if isinstance(dataset, Dataset) else None
+    )
+    return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+
+@dataclass
+class TokenColumnCollator(DataCollatorForLanguageModeling):
+    """TRL's collator, with per-token columns padded or flattened exactly as the labels are."""
+
+    columns: TokenColumns = field(default_factory=TokenColumns)
+
+    @classmethod
+    def extending(cls, collator: DataCollatorForLanguageModeling, columns: TokenColumns) -> "TokenColumnCollator":
+        """The same collator with columns."""
+        own = {item.name: getattr(collator, item.name) for item in fields(DataCollatorForLanguageModeling)}
+        return cls(**own, columns=columns)
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        for column, key in self.columns.keys().items():
+            if column in examples[0]:
+                batch[key] = self._collate(column, examples, batch["labels"])
+        return batch
+
+    def _collate(self, column: str, examples: list[dict[str, Any]], labels: Tensor) -> Tensor:
+        dtype = torch.float32 if column == self.columns.weights else torch.long
+        rows = [torch.as_tensor(example[column], dtype=dtype) for example in examples]
+        for row, example in zip(rows, examples, strict=True):
+            if len(row) != len(example["input_ids"]):
+                raise ValueError(
+                    f"`{column}` has {len(row)} entries for {len(example['input_ids'])} tokens: a dataset that skips "
+                    "preparation must bring one entry per token."
+                )
+            if dtype.is_floating_point and not (torch.isfinite(row) & (row >= 0)).all():
+                raise ValueError(f"`{column}` has a weight that is negative, NaN or infinite: use weights >= 0.")
+        rows = [torch.cat(rows)] if self.padding_free else rows
+        out = torch.zeros(labels.shape, dtype=dtype)
+        for index, row in enumerate(rows):
+            out[index, : len(row)] = row
+        return out

@@ -1,0 +1,185 @@
+"""The fused loss behind `model.forward`, so that every wrapper (DDP, FSDP, ZeRO, PEFT) still sees one forward.
+
+`add_target_head(model)` makes two calls understood, both without `[N, V]` logits; any other call is unchanged:
+
+    model(**inputs, labels=labels, qtarget=request)  -> QTargetOutput, the loss toward the requested target
+    model(**inputs, final_hidden=True)               -> FinalHiddenOutput, what a prior needs of its model
+"""
+
+import functools
+import types
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from .linear import Head, LinearQTargetOutput, fused_loss
+from .methods import Objective
+
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class PriorStates:
+    """What a prior says about a batch: its final hidden states `[B, T, H']` and its LM head."""
+
+    hidden: Tensor
+    head: Head
+
+
+@dataclass
+class TargetRequest:
+    """What the loss needs beside the model's inputs.
+
+    `token_weights` and `sequence_ids` are `[B, T]`, aligned with the labels before the shift.
+    """
+
+    objective: Objective
+    prior: PriorStates | None = None
+    token_weights: Tensor | None = None
+    sequence_ids: Tensor | None = None
+    chunk_tokens: int | None = None
+
+
+@dataclass
+class QTargetOutput(ModelOutput):
+    """Loss toward the target, the statistics of every position, and the load-balancing loss of a MoE model."""
+
+    loss: Tensor | None = None
+    tokens: LinearQTargetOutput | None = None
+    aux_loss: Tensor | None = None
+
+
+@dataclass
+class FinalHiddenOutput(ModelOutput):
+    """Final hidden states `[B, T, H]`, before the LM head."""
+
+    last_hidden_state: Tensor | None = None
+
+
+def read_logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
+    """Scale and soft-cap that a model applies to its logits, read from the same config attributes as TRL reads."""
+    config = config.get_text_config()
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            scale = getattr(config, name)
+            break
+    else:
+        scale = getattr(config, "logits_scaling", None)
+        # Granite and MiniCPM3 divide by `logits_scaling`, HyperCLOVA X multiplies by it.
+        if scale is not None and config.model_type != "hyperclovax":
+            scale = 1 / scale
+    return 1.0 if scale is None else scale, getattr(config, "final_logit_softcapping", None)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The LM head of a causal language model, with its logit transform. A sharded (FSDP2) head is gathered."""
+    embeddings = model.get_output_embeddings()
+    weight, bias = embeddings.weight, getattr(embeddings, "bias", None)
+    if isinstance(weight, DTensor):
+        weight = weight.full_tensor()
+        bias = None if bias is None else bias.full_tensor()
+    return Head(weight, bias, *read_logit_transform(model.config))
+
+
+def gathered(*heads: Head | None) -> AbstractContextManager:
+    """Heads that ZeRO-3 has partitioned are whole inside this context."""
+    parameters = [parameter for head in heads if head is not None for parameter in (head.weight, head.bias)]
+    return maybe_gather_lm_head_ctx(*parameters)
+
+
+def _load_balancing_loss(config: PretrainedConfig, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, attention_mask)
+
+
+def _right_align(values: Tensor | None, length: int, fill: float = 0) -> Tensor | None:
+    """Pad `[B, T, ...]` on the left of `T`, or cut there: prompt learning puts virtual tokens before the text."""
+    if values is None or values.size(1) == length:
+        return values
+    if values.size(1) > length:
+        return values[:, values.size(1) - length :]
+    return F.pad(values, (0, 0) * (values.dim() - 2) + (length - values.size(1), 0), value=fill)
+
+
+def _next_token(values: Tensor | None, fill: float = 0) -> Tensor | None:
+    """Align `[B, T]` with the positions that predict: entry `t` becomes entry `t + 1`, flattened to `[B·T]`."""
+    return None if values is None else F.pad(values[:, 1:], (0, 1), value=fill).reshape(-1)
+
+
+def _target_loss(
+    model: PreTrainedModel,
+    hidden: Tensor,
+    request: TargetRequest,
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    num_items_in_batch: Tensor | int | None,
+) -> LinearQTargetOutput:
+    head, prior = head_of(model), request.prior
+    device, length = head.weight.device, hidden.size(1)
+    if shift_labels is not None:
+        next_labels = shift_labels.reshape(-1)
+    else:
+        if prior is not None and prior.hidden.size(1) < length:
+            # The prior has no virtual token to predict the first real one from, so nothing is asked of it there.
+            labels = labels.clone()
+            labels[:, : length - prior.hidden.size(1) + 1] = IGNORE_INDEX
+        next_labels = _next_token(labels, IGNORE_INDEX)
+    prior_hidden = None
+    if prior is not None:
+        prior_hidden = _right_align(prior.hidden, length).flatten(0, 1).to(device)
+    # A model split over devices may end on another one than its head.
+    with gathered(head, prior.head if prior is not None else None):
+        return fused_loss(
+            request.objective,
+            hidden.flatten(0, 1).to(device),
+            head,
+            next_labels.to(device),
+            prior_hidden=prior_hidden,
+            prior_head=prior.head if prior is not None else None,
+            token_weights=_next_token(_right_align(request.token_weights, length)),
+            sequence_ids=_next_token(_right_align(request.sequence_ids, length)),
+            num_items_in_batch=num_items_in_batch,
+            ignore_index=IGNORE_INDEX,
+            chunk_tokens=request.chunk_tokens,
+        )
+
+
+def add_target_head(model: PreTrainedModel) -> None:
+    """Teach a causal language model the two calls at the top of this file. Do it before the model is wrapped.
+
+    Args:
+        model: the causal language model itself, not its PEFT wrapper.
+    """
+    original_forward = model.forward
+    text_config = model.config.get_text_config()
+
+    # The original signature is kept: `generate` and `Trainer` look at it.
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, qtarget: TargetRequest | None = None, final_hidden: bool = False, **kwargs):
+        if qtarget is None and not final_hidden:
+            return original_forward(*args, **kwargs)
+        labels = kwargs.pop("labels", None)
+        shift_labels = kwargs.pop("shift_labels", None)
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        kwargs["use_cache"] = False
+        # Looked up on each call: FSDP and PEFT replace the backbone after this function has run.
+        outputs = self.base_model(*args, **kwargs)
+        if qtarget is None:
+            return FinalHiddenOutput(outputs.last_hidden_state)
+        tokens = _target_loss(self, outputs.last_hidden_state, qtarget, labels, shift_labels, num_items_in_batch)
+        aux_loss = None
+        if kwargs.get("output_router_logits"):
+            aux_loss = _load_balancing_loss(text_config, outputs.router_logits, kwargs.get("attention_mask"))
+        return QTargetOutput(loss=tokens.loss, tokens=tokens, aux_loss=aux_loss)
+
+    model.forward = types.MethodType(forward, model)

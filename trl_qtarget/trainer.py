@@ -1,0 +1,314 @@
+"""`QTargetSFTTrainer`: TRL's SFTTrainer, trained toward a target that a `QTargetConfig` describes."""
+
+import inspect
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+from trl.models.utils import prepare_deepspeed, prepare_fsdp
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.utils import create_model_from_path
+
+from .config import QTargetConfig
+from .data import SEQUENCES_KEY, WEIGHTS_KEY, TokenColumnCollator, TokenColumns, check_column, prepare_with_columns
+from .head import QTargetOutput, TargetRequest, add_target_head
+from .linear import LinearQTargetOutput
+from .priors import (
+    ModelPrior,
+    Prior,
+    SyncPriorCallback,
+    base_model_of,
+    check_reference,
+    own_prior,
+    prepare_reference,
+    uses_reference,
+)
+
+
+logger = get_logger(__name__)
+
+# What is logged of the target, each a mean over the scored tokens (KL: over those whose target is a distribution).
+TARGET_METRICS = ("nll", "trust", "label_mass", "kl")
+
+# Arguments of the policy's forward that a prior's backbone is not given.
+_POLICY_ALONE = ("labels", "output_router_logits")
+
+
+class QTargetSFTTrainer(SFTTrainer):
+    """A drop-in `SFTTrainer` that trains toward an explicit target distribution (arXiv 2606.11189).
+
+    Beside TRL's metrics it logs, as means over the labelled tokens: `target/nll`, the labels' plain negative
+    log-likelihood, comparable between methods where the loss is not; `target/trust`, γ; `target/label_mass`, the
+    probability that the target puts on the label; `target/kl`, KL(Q‖p).
+
+    Args:
+        model, args, ...: every argument of [`SFTTrainer`](https://huggingface.co/docs/trl/sft_trainer), in its order.
+        qtarget_config (`QTargetConfig`, `str` or `dict`): the target; a method's name for its defaults. `None` is
+            `"target_sft"`, or `"dft"` if `args.loss_type="dft"`.
+        ref_model (`str` or `PreTrainedModel`): reference model or teacher, of the policy's vocabulary: the prior of
+            every method that uses a frozen one. A path is loaded with `args.model_init_kwargs`, in the policy's dtype.
+
+    Raises:
+        ValueError: before any training step, if the target, the `SFTConfig`, the reference model or the dataset do not
+            fit together.
+
+    Example:
+        >>> trainer = QTargetSFTTrainer(
+        ...     model="Qwen/Qwen3-1.7B", args=SFTConfig(), train_dataset=dataset, qtarget_config="asft"
+        ... )
+        >>> trainer.train()
+    """
+
+    _tag_names: ClassVar = ["trl", "sft", "trl-qtarget"]
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel",
+        args: SFTConfig | None = None,
+        *sft_args: Any,
+        qtarget_config: QTargetConfig | str | dict[str, Any] | None = None,
+        ref_model: "str | PreTrainedModel | None" = None,
+        **sft_kwargs: Any,
+    ):
+        given = inspect.signature(SFTTrainer.__init__).bind(self, model, args, *sft_args, **sft_kwargs).arguments
+        self.qtarget_config = _resolve_config(qtarget_config, args, given.get("compute_loss_func"))
+        check_reference(self.qtarget_config, model, ref_model)
+        self._token_columns = _token_columns(self.qtarget_config, given)
+
+        super().__init__(model, args, *sft_args, **sft_kwargs)
+
+        _refuse_sequence_parallelism(self.accelerator.parallelism_config)
+        if self._token_columns and isinstance(self.data_collator, DataCollatorForLanguageModeling):
+            self.data_collator = TokenColumnCollator.extending(self.data_collator, self._token_columns)
+        add_target_head(base_model_of(self.model))
+        self._prior = self._choose_prior(ref_model)
+        self._objective = self.qtarget_config.objective(has_prior=self._prior is not None)
+        self._totals: dict[str, Tensor] = {}
+
+    def _choose_prior(self, ref_model: "str | PreTrainedModel | None") -> Prior | None:
+        config = self.qtarget_config
+        if ref_model is not None and not uses_reference(config):
+            logger.warning(f"`ref_model` is not used by {config.label} and was left alone.")
+            ref_model = None
+        prior = own_prior(config, self.model) if ref_model is None else self._reference_prior(ref_model)
+        if prior is not None:
+            self.add_callback(SyncPriorCallback(prior))
+            logger.info(f"{config.label}: the prior is {prior.description}.")
+        elif config.prior == "auto" and config.objective(has_prior=True).uses_prior:
+            logger.warning(
+                f"{config.label}: no reference model and no PEFT base, so the prior is the policy's own distribution. "
+                "Pass `ref_model`, or `prior='base'` for the starting weights; `prior='policy'` silences this."
+            )
+        return prior
+
+    def _reference_prior(self, ref_model: "str | PreTrainedModel") -> Prior:
+        if isinstance(ref_model, str):
+            options = {"dtype": self.model.dtype, "trust_remote_code": self.args.trust_remote_code}
+            options |= self.args.model_init_kwargs or {}
+            for of_the_policy_alone in ("quantization_config", "revision"):
+                options.pop(of_the_policy_alone, None)
+            if self.accelerator.num_processes > 1:
+                options["device_map"] = None
+            ref_model = create_model_from_path(ref_model, **options)
+        prepare_reference(ref_model, self.model)
+        causal_model = base_model_of(ref_model)
+        if self.is_deepspeed_enabled:
+            prepared = prepare_deepspeed(ref_model, self.accelerator)
+        elif self.is_fsdp_enabled:
+            prepared = prepare_fsdp(ref_model, self.accelerator)
+        else:
+            prepared = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+        return ModelPrior(prepared, causal_model)
+
+    # --- data ---
+
+    def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._token_columns:
+            return super()._prepare_dataset(*args, **kwargs)
+        return prepare_with_columns(super()._prepare_dataset, self._token_columns, *args, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns = [*self._signature_columns, *self._token_columns.keys()]
+
+    # --- loss ---
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        inputs["use_cache"] = False
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        request = self._request(inputs)
+        outputs = model(**inputs, qtarget=request, num_items_in_batch=num_items_in_batch)
+        loss = self._scaled(outputs, num_items_in_batch)
+        self._record(outputs, inputs)
+        if not return_outputs:
+            return loss
+        warnings.warn(
+            "The logits that `compute_metrics` receives take an extra forward pass: the loss never builds them.",
+            stacklevel=2,
+        )
+        with torch.no_grad():
+            return loss, model(**{key: value for key, value in inputs.items() if key != "labels"})
+
+    def _request(self, inputs: dict[str, Any]) -> TargetRequest:
+        """What the loss needs beside the model's inputs; takes its own columns out of them."""
+        weights, sequences = inputs.pop(WEIGHTS_KEY, None), inputs.pop(SEQUENCES_KEY, None)
+        if self._objective.trust.uses_token_weights and weights is None:
+            raise ValueError(
+                f"`data_collator` gave a batch without `{WEIGHTS_KEY}`, which {self.qtarget_config.label} needs: "
+                "return a float tensor of the shape of `labels` under that key."
+            )
+        if self._objective.trust.per_sequence and sequences is None:
+            sequences = _sequences_of(inputs)
+        prior = None
+        if self._prior is not None:
+            prior = self._prior.states({key: value for key, value in inputs.items() if key not in _POLICY_ALONE})
+        return TargetRequest(self._objective, prior, weights, sequences, self.qtarget_config.chunk_tokens)
+
+    def _scaled(self, outputs: QTargetOutput, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """The loss as `Trainer` expects it, by TRL's rules for averaging over ranks and accumulation steps."""
+        loss = outputs.loss
+        # `num_items_in_batch` counts the tokens of every rank, and DDP averages the gradients over the ranks.
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        # The auxiliary loss is a mean of one micro-batch, so it is averaged over the accumulation steps.
+        if self.aux_loss_enabled:
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+        return loss
+
+    # --- metrics: sums over all ranks that stay on the device until they are logged ---
+
+    def _record(self, outputs: QTargetOutput, inputs: Mapping[str, Any]) -> None:
+        mode = "train" if self.model.training else "eval"
+        sums = self.accelerator.gather(_local_sums(outputs.tokens, inputs)[None]).sum(0)
+        count = sums[0].clamp(min=1)
+        self._metrics[mode]["entropy"].append(sums[2] / count)
+        self._metrics[mode]["mean_token_accuracy"].append(sums[3] / count)
+        if self.aux_loss_enabled:
+            aux_loss = self.accelerator.gather(outputs.aux_loss.detach()[None]).mean()
+            self._metrics[mode]["aux_loss"].append(aux_loss)
+        self._totals[mode] = self._totals.get(mode, 0) + sums.double()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        metrics, totals = self._metrics[mode], self._totals.pop(mode, None)
+        for key, values in metrics.items():
+            metrics[key] = torch.stack(values).tolist()
+        if totals is not None:
+            count, tokens, _, _, *target_sums, kl_count = totals.tolist()
+            if mode == "train":
+                self._total_train_tokens += int(tokens) // self._tp_size
+            metrics["num_tokens"] = [self._total_train_tokens]
+            for name, total in zip(TARGET_METRICS, target_sums, strict=True):
+                number = kl_count if name == "kl" else count
+                if number:
+                    metrics[f"target/{name}"] = [total / number]
+        super().log(logs, start_time)
+
+    # --- checkpoints ---
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.qtarget_config.save_pretrained(output_dir or self.args.output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._prior is not None and self.args.should_save:
+            self._prior.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._prior is not None and checkpoint is not None and os.path.isdir(checkpoint):
+            self._prior.load(checkpoint)
+
+
+def _resolve_config(config: Any, args: SFTConfig | None, compute_loss_func: Any) -> QTargetConfig:
+    """The target that the two configurations name together; contradictions are refused."""
+    loss_type = getattr(args, "loss_type", None)
+    if config is None and loss_type == "dft":
+        config = "dft"
+    config = QTargetConfig.coerce(config)
+    if loss_type == "dft" and config.method != "dft":
+        raise ValueError(
+            f"`loss_type='dft'` in the `SFTConfig` contradicts `qtarget_config` ({config.label}): leave `loss_type` "
+            "at its default, or set `method='dft'`."
+        )
+    if getattr(args, "label_smoothing_factor", 0):
+        raise ValueError(
+            "`label_smoothing_factor` in the `SFTConfig` would replace the target: set it to 0 and use "
+            f"`QTargetConfig('label_smoothing', lam={args.label_smoothing_factor})`."
+        )
+    if compute_loss_func is not None:
+        raise ValueError(
+            "`compute_loss_func` would replace the target: remove it, or register your objective with "
+            "`register_trust` and `register_residual`."
+        )
+    return config
+
+
+def _token_columns(config: QTargetConfig, given: dict[str, Any]) -> TokenColumns:
+    """The per-token columns that the target needs, checked against the datasets."""
+    args, weights = given.get("args"), None
+    if config.uses_token_weights:
+        weights = config.token_weight_column or WEIGHTS_KEY
+        datasets = {"train": given.get("train_dataset")}
+        evaluation = given.get("eval_dataset")
+        datasets |= evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+        check_column(weights, {name: dataset for name, dataset in datasets.items() if dataset is not None})
+    packed = bool(getattr(args, "packing", False) or getattr(args, "eval_packing", False))
+    documents = packed and config.objective(has_prior=True).trust.per_sequence
+    return TokenColumns(weights, documents)
+
+
+def _refuse_sequence_parallelism(parallelism: Any) -> None:
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            "`parallelism_config` splits sequences over ranks (context or sequence parallelism), which "
+            "`QTargetSFTTrainer` does not support: set `cp_size` and `sp_size` to 1."
+        )
+
+
+def _sequences_of(inputs: Mapping[str, Any]) -> Tensor:
+    """Which document each token of a batch belongs to, `[B, T]`: told by padding-free batches, else one per row."""
+    if "seq_idx" in inputs:
+        return inputs["seq_idx"].long()
+    labels = inputs["labels"]
+    return torch.arange(labels.size(0), device=labels.device)[:, None].expand_as(labels)
+
+
+def _local_sums(tokens: LinearQTargetOutput, inputs: Mapping[str, Any]) -> Tensor:
+    """This rank's sums: scored tokens, all tokens, entropy, top-1 hits, `TARGET_METRICS`, tokens with a KL."""
+    if "attention_mask" in inputs:
+        all_tokens = inputs["attention_mask"].sum()
+    elif "position_ids" in inputs:
+        all_tokens = torch.tensor(inputs["position_ids"].size(1))
+    else:
+        raise ValueError("`data_collator` must return `attention_mask` or `position_ids`: add one of them.")
+    has_kl = tokens.scored & ~tokens.kl.isnan()
+    sums = [
+        tokens.scored.sum(),
+        all_tokens,
+        tokens.entropy.sum(),
+        tokens.is_top1.sum(),
+        tokens.nll.sum(),
+        tokens.trust.sum(),
+        tokens.label_mass.sum(),
+        tokens.kl.nan_to_num(nan=0.0).sum(),
+        has_kl.sum(),
+    ]
+    return torch.stack([value.to(tokens.nll.device, torch.float32) for value in sums])
