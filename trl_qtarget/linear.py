@@ -264,9 +264,9 @@ class _Batch:
         self.dtype = gemm.result_dtype(self.operands)
         if self.prior_head is not None:
             self.prior_operands = gemm.operand_dtype(self.prior_hidden, self.prior_head.weight)
-        tokens, vocabulary = len(self.labels), self.head.weight.size(0)
-        most = min(self.chunk_tokens or max(1, _CHUNK_ELEMENTS // vocabulary), max(1, tokens))
-        chunks = max(1, -(-tokens // most))
+        tokens, vocabulary = max(1, len(self.labels)), self.head.weight.size(0)
+        most = min(self.chunk_tokens or max(1, _CHUNK_ELEMENTS // vocabulary), tokens)
+        chunks = -(-tokens // most)
         self.chunk = -(-tokens // chunks)  # equal chunks: a small last one would waste the speed of its products
         elements = _BLOCK_ELEMENTS.get(self.hidden.device.type, _DEFAULT_BLOCK_ELEMENTS)
         self.block = max(1, elements // vocabulary)

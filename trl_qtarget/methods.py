@@ -269,6 +269,15 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
+def _check_shape(kind: str, design: Design, result: Tensor, like: Tensor) -> None:
+    # Only a user's own design can fail this; without it, broadcasting would train toward something else in silence.
+    if result.shape != like.shape:
+        raise ValueError(
+            f"`{kind}={design.name!r}` returned shape {list(result.shape)}, not {list(like.shape)}: "
+            "a trust returns one number per token, a residual one log-probability per token and vocabulary entry."
+        )
+
+
 @dataclass(frozen=True)
 class Objective:
     """A method or free combination with every knob set: what the dense and the fused loss both evaluate."""
@@ -296,6 +305,9 @@ class Objective:
         negative = positive if measures[1] is measures[0] else tile.measure(measures[1])
         if trust is None:
             trust = self.trust(tile, self.knobs).to(tile.log_probs.dtype)
+        _check_shape("trust", self.trust, trust, tile.labels)
+        for measure in measures:
+            _check_shape("residual", self.residual, measure, tile.log_probs)
         return TokenTarget(tile, trust, self.scale(tile), positive, negative)
 
 

@@ -104,7 +104,12 @@ class SnapshotPrior(Prior):
 
     def __init__(self, model: nn.Module, sync_steps: int | None = None, decay: float | None = None):
         self.model, self.sync_steps, self.decay = model, sync_steps, decay
-        self.values = {name: value.detach().clone() for name, value in self._trainable()}
+        # Small steps of a moving average would be lost in a half-precision value.
+        dtypes = {torch.float16: torch.float32, torch.bfloat16: torch.float32} if decay else {}
+        self.values = {
+            name: value.detach().to(dtypes.get(value.dtype, value.dtype), copy=True)
+            for name, value in self._trainable()
+        }
         if sync_steps is None:
             self.description = "the starting weights (a frozen copy)"
         else:
@@ -119,7 +124,7 @@ class SnapshotPrior(Prior):
         live = {name: parameter.data for name, parameter in self._trainable()}
         try:
             for name, parameter in self._trainable():
-                parameter.data = self.values[name]
+                parameter.data = self.values[name].to(parameter.dtype)
             yield
         finally:
             for name, parameter in self._trainable():
@@ -136,7 +141,8 @@ class SnapshotPrior(Prior):
         if self.sync_steps is None or step % self.sync_steps:
             return
         for name, parameter in self._trainable():
-            self.values[name].lerp_(parameter.detach(), 1 - (self.decay or 0.0))
+            value = self.values[name]
+            value.lerp_(parameter.detach().to(value.dtype), 1 - (self.decay or 0.0))
 
     def save(self, directory: str | os.PathLike) -> None:
         if self.sync_steps is None:  # starting weights: a resumed run starts from the same ones

