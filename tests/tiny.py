@@ -1,4 +1,4 @@
-"""Tiny random models, a tokenizer trained in process and small datasets: what the tests train on, without a network."""
+"""Tiny random models, a tokenizer trained in process, small datasets: what tests train on, without a network."""
 
 import copy
 import functools

@@ -102,18 +102,15 @@ def _load_balancing_loss(config: PretrainedConfig, router_logits: Any, attention
     return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, attention_mask)
 
 
-def _right_align(values: Tensor | None, length: int, fill: float = 0) -> Tensor | None:
-    """Pad `[B, T, ...]` on the left of `T`, or cut there: prompt learning puts virtual tokens before the text."""
-    if values is None or values.size(1) == length:
-        return values
-    if values.size(1) > length:
-        return values[:, values.size(1) - length :]
-    return F.pad(values, (0, 0) * (values.dim() - 2) + (length - values.size(1), 0), value=fill)
+def _right_align(values: Tensor, length: int) -> Tensor:
+    """Pad `[B, T, ...]` with zeros on the left of `T`: prompt learning puts virtual tokens before the text."""
+    missing = length - values.size(1)
+    return F.pad(values, (0, 0) * (values.dim() - 2) + (missing, 0)) if missing else values
 
 
-def _next_token(values: Tensor | None, fill: float = 0) -> Tensor | None:
-    """Align `[B, T]` with the positions that predict: entry `t` becomes entry `t + 1`, flattened to `[B·T]`."""
-    return None if values is None else F.pad(values[:, 1:], (0, 1), value=fill).reshape(-1)
+def _next_token(values: Tensor, fill: float = 0) -> Tensor:
+    """Align `[B, T]` with the positions that predict: entry `t + 1` moves to `t`; flattened to `[B·T]`."""
+    return F.pad(values[:, 1:], (0, 1), value=fill).reshape(-1)
 
 
 def _target_loss(
@@ -134,10 +131,14 @@ def _target_loss(
             labels = labels.clone()
             labels[:, : length - prior.hidden.size(1) + 1] = IGNORE_INDEX
         next_labels = _next_token(labels, IGNORE_INDEX)
+
+    def per_token(values: Tensor | None) -> Tensor | None:
+        return None if values is None else _next_token(_right_align(values, length)).to(device)
+
     prior_hidden = None
     if prior is not None:
         prior_hidden = _right_align(prior.hidden, length).flatten(0, 1).to(device)
-    # A model split over devices may end on another one than its head.
+    # To `device`: a model split over devices may end on another one than its head.
     with gathered(head, prior.head if prior is not None else None):
         return fused_loss(
             request.objective,
@@ -146,8 +147,8 @@ def _target_loss(
             next_labels.to(device),
             prior_hidden=prior_hidden,
             prior_head=prior.head if prior is not None else None,
-            token_weights=_next_token(_right_align(request.token_weights, length)),
-            sequence_ids=_next_token(_right_align(request.sequence_ids, length)),
+            token_weights=per_token(request.token_weights),
+            sequence_ids=per_token(request.sequence_ids),
             num_items_in_batch=num_items_in_batch,
             ignore_index=IGNORE_INDEX,
             chunk_tokens=request.chunk_tokens,
