@@ -87,7 +87,7 @@ class AdapterOffPrior(Prior):
     def states(self, inputs: Mapping[str, Any]) -> PriorStates:
         with _inference(self.model), self.model.disable_adapter():
             hidden = self.model(**inputs, final_hidden=True).last_hidden_state
-            return PriorStates(hidden, head_of(base_model_of(self.model)).detach())
+            return PriorStates(hidden, head_of(base_model_of(self.model)))
 
 
 class SnapshotPrior(Prior):
