@@ -1,0 +1,87 @@
+"""Time of one loss call, forward and backward, from hidden states and LM head to their gradients.
+
+Ours, TRL's and dense PyTorch run in the same rounds as the bare matrix products (the floor), with the head trainable
+and frozen. Before anything is timed, providers of one objective are checked to agree in loss and gradients.
+
+    python -m benchmarks.head
+    python -m benchmarks.head --providers qtarget trl/dft --shapes 256x64x1000 --repeats 3 --output /tmp/head.csv
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from .common import (
+    DTYPES,
+    base_parser,
+    finish_arguments,
+    interleave,
+    progress_bar,
+    ratio,
+    select,
+    summary,
+    write_results,
+)
+from .providers import PROVIDERS, Inputs, Shape, check_agreement, floor, make_inputs
+
+
+# SmolLM2-135M's head, and one as wide as those of the smallest models with Qwen's vocabulary.
+SHAPES = ("1024x576x49152", "512x1024x151936")
+# An 8B model's head, which only a GPU scores in reasonable time.
+CUDA_SHAPES = ("8192x4096x151936",)
+
+_FLOORS = {"floor/own": False, "floor/reference": True}
+
+
+def _floor_of(name: str) -> str:
+    return "floor/reference" if PROVIDERS[name].reference else "floor/own"
+
+
+def _calls(names: list[str], inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    needed = {_floor_of(name) for name in names}
+    floors = {name: floor(inputs, reference) for name, reference in _FLOORS.items() if name in needed}
+    return floors | {name: partial(PROVIDERS[name], inputs) for name in names}
+
+
+def _rows(times: dict[str, list[float]], fixed: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for name, values in times.items():
+        ratios = {}
+        if name in PROVIDERS:
+            ratios["floor_ratio"] = ratio(values, times.get(_floor_of(name)))
+            ratios["trl_ratio"] = ratio(values, times.get(PROVIDERS[name].counterpart))
+        rows.append({**fixed, "provider": name, **summary(values), **ratios})
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the benchmark and write its results."""
+    parser = base_parser(__doc__, repeats=7)
+    parser.add_argument("--shapes", nargs="+", type=Shape.parse, help="NxHxV; None: the shapes of the README")
+    parser.add_argument("--modes", nargs="+", choices=["trainable", "frozen"], default=["trainable", "frozen"])
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before the first one that counts")
+    arguments = finish_arguments(parser.parse_args(argv), "head")
+    names = select(PROVIDERS, arguments.providers)
+    default_shapes = SHAPES + (CUDA_SHAPES if arguments.device == "cuda" else ())
+    shapes = arguments.shapes or [Shape.parse(text) for text in default_shapes]
+
+    rounds = arguments.warmup + arguments.repeats
+    calls_per_round = len(names) + len({_floor_of(name) for name in names})
+    with progress_bar(len(shapes) * len(arguments.modes) * rounds * calls_per_round, "call") as progress:
+        for shape in shapes:
+            inputs = make_inputs(shape, DTYPES[arguments.dtype], arguments.device)
+            for mode in arguments.modes:
+                progress.set_description(f"{shape} {mode}")
+                given = inputs if mode == "trainable" else inputs.frozen()
+                check_agreement(names, given)
+                times = interleave(
+                    _calls(names, given), arguments.warmup, arguments.repeats, arguments.device, progress
+                )
+                fixed = {"benchmark": "head", "mode": mode, **vars(shape), "dtype": arguments.dtype}
+                # After each group: what an interrupted run has measured is kept.
+                write_results(arguments.output, _rows(times, fixed | {"metric": "seconds"}), arguments.device)
+    print(f"Results are in {arguments.output}.")
+
+
+if __name__ == "__main__":
+    main()

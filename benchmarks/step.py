@@ -1,0 +1,231 @@
+"""Time of whole training steps of the real trainers: full fine-tuning and LoRA, ours beside TRL's.
+
+The model has the sizes of SmolLM2-135M (Llama, 30 layers, width 576, vocabulary 49,152, tied embeddings) with random
+weights: nothing is downloaded, and no value changes what a step costs. Every trainer is built once, from the same
+seed, and gets the same random tokens, all of them scored. Then short `train()` calls alternate between the trainers.
+A step runs from `on_step_begin` to `on_step_end`: forward, prior, loss, backward, clipping, AdamW; fetching the batch
+is outside. The first step of every call is not counted.
+
+TRL has no Target-SFT: `trl_ratio` of `qtarget/target_sft` compares it with TRL's NLL, so it also holds the price of
+the forward pass of its prior, the base weights.
+
+    python -m benchmarks.step
+    python -m benchmarks.step --model tiny --batch 2 --tokens 16 --repeats 2 --output /tmp/step.csv
+"""
+
+import argparse
+import gc
+import random
+import tempfile
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
+from tokenizers import Tokenizer, models
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainerCallback,
+)
+from trl import SFTConfig, SFTTrainer
+
+from trl_qtarget import QTargetSFTTrainer
+
+from .common import (
+    DTYPES,
+    base_parser,
+    finish_arguments,
+    progress_bar,
+    ratio,
+    select,
+    summary,
+    synchronize,
+    write_results,
+)
+
+
+MODELS = {
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    },
+    # To try the benchmark out.
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+}
+# Which of TRL's trainers each of ours is compared with.
+COUNTERPARTS = {
+    "full": {"qtarget/dft": "trl/dft", "trl/dft": None, "trl/nll": None},
+    "lora": {"qtarget/target_sft": "trl/nll", "qtarget/dft": "trl/dft", "trl/dft": None, "trl/nll": None},
+}
+_LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+
+
+@dataclass
+class StepTimer(TrainerCallback):
+    """Wall-clock time of every training step. Added last, so that it ends after all other callbacks."""
+
+    device: str
+    times: list[float] = field(default_factory=list)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        synchronize(self.device)
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        synchronize(self.device)
+        self.times.append(time.perf_counter() - self._start)
+
+
+def _model(arguments: argparse.Namespace) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(**MODELS[arguments.model], tie_word_embeddings=True, pad_token_id=0, eos_token_id=1)
+    return LlamaForCausalLM(config).to(DTYPES[arguments.dtype])
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """The trainers ask for one; the dataset holds token ids already."""
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def _dataset(arguments: argparse.Namespace) -> Dataset:
+    generator = torch.Generator().manual_seed(1)
+    size = (arguments.batch * arguments.steps, arguments.tokens)
+    ids = torch.randint(3, MODELS[arguments.model]["vocab_size"], size, generator=generator)
+    return Dataset.from_dict({"input_ids": ids.tolist()})
+
+
+def _build(name: str, mode: str, directory: str, arguments: argparse.Namespace) -> tuple[SFTTrainer, StepTimer]:
+    package, method = name.split("/")
+    config = SFTConfig(
+        output_dir=directory,
+        per_device_train_batch_size=arguments.batch,
+        max_length=arguments.tokens,
+        max_steps=arguments.steps,
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        bf16=arguments.dtype == "bf16",
+        use_cpu=arguments.device == "cpu",
+        dataloader_pin_memory=arguments.device == "cuda",
+        loss_type=method if package == "trl" else "nll",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=0,
+    )
+    lora = None
+    if mode == "lora":
+        lora = LoraConfig(
+            r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
+        )
+    trainer_class, target = (
+        (QTargetSFTTrainer, {"qtarget_config": method}) if package == "qtarget" else (SFTTrainer, {})
+    )
+    trainer = trainer_class(
+        _model(arguments),
+        config,
+        train_dataset=_dataset(arguments),
+        processing_class=_tokenizer(),
+        peft_config=lora,
+        **target,
+    )
+    trainer.remove_callback(PrinterCallback)
+    timer = StepTimer(arguments.device)
+    trainer.add_callback(timer)
+    return trainer, timer
+
+
+def _check(losses: dict[str, float], mode: str, dtype: str) -> None:
+    """Raise unless ours and TRL's trainer of one objective start from the same loss."""
+    for name, loss in losses.items():
+        other = COUNTERPARTS[mode][name]
+        if other is None or other not in losses or name.split("/")[1] != other.split("/")[1]:
+            continue
+        if not abs(loss - losses[other]) <= _LOSS_TOLERANCE[dtype] * abs(losses[other]):
+            raise RuntimeError(f"{name} and {other} disagree in the loss of the first steps: {loss}, {losses[other]}.")
+
+
+def _measure(names: list[str], mode: str, arguments: argparse.Namespace, progress: Any) -> dict[str, list[float]]:
+    """Seconds of every counted step of every trainer, in the same order for all."""
+    rng = random.Random(0)
+    with tempfile.TemporaryDirectory() as directory:
+        trainers = {name: _build(name, mode, directory, arguments) for name in names}
+        losses = {}
+        for number in range(1 + arguments.repeats):
+            for name in rng.sample(names, len(names)):
+                progress.set_postfix_str(name, refresh=False)
+                trainer, timer = trainers[name]
+                before = len(timer.times)
+                gc.collect()
+                result = trainer.train()
+                if number == 0:  # warm-up: also where the optimiser's states come to be
+                    losses[name] = result.training_loss
+                    del timer.times[:]
+                else:
+                    del timer.times[before]  # the first step of a call finds the caches of another trainer
+                progress.update()
+        _check(losses, mode, arguments.dtype)
+    return {name: timer.times for name, (_, timer) in trainers.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the benchmark and write its results."""
+    parser = base_parser(__doc__, repeats=5)
+    parser.add_argument("--modes", nargs="+", choices=list(COUNTERPARTS), default=list(COUNTERPARTS))
+    parser.add_argument("--model", choices=list(MODELS), default="smollm2-135m", help="sizes of the model")
+    parser.add_argument("--batch", type=int, default=2, help="sequences per step")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens per sequence")
+    parser.add_argument("--steps", type=int, default=3, help="steps per train() call; the first is not counted")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in backward")
+    arguments = finish_arguments(parser.parse_args(argv), "step")
+    if arguments.steps < 2:
+        raise SystemExit("--steps must be at least 2: the first is not counted.")
+    selected = {mode: select(COUNTERPARTS[mode], arguments.providers) for mode in arguments.modes}
+
+    disable_progress_bars()  # ours counts the calls
+    calls = sum(len(names) for names in selected.values()) * (1 + arguments.repeats)
+    with progress_bar(calls, "train()") as progress:
+        for mode, names in selected.items():
+            progress.set_description(mode)
+            times = _measure(names, mode, arguments, progress)
+            sizes = MODELS[arguments.model]
+            fixed = {
+                "benchmark": "step",
+                "mode": mode + (" checkpointing" if arguments.gradient_checkpointing else ""),
+                "N": arguments.batch * arguments.tokens,
+                "H": sizes["hidden_size"],
+                "V": sizes["vocab_size"],
+                "dtype": arguments.dtype,
+                "metric": "seconds",
+            }
+            rows = []
+            for name, values in times.items():
+                trl_ratio = ratio(values, times.get(COUNTERPARTS[mode][name]))
+                rows.append({**fixed, "provider": name, **summary(values), "trl_ratio": trl_ratio})
+            write_results(arguments.output, rows, arguments.device)
+            gc.collect()  # the trainers of one mode make room for those of the next
+    print(f"Results are in {arguments.output}.")
+
+
+if __name__ == "__main__":
+    main()
