@@ -6,12 +6,13 @@ from torch import Tensor
 from .methods import Objective
 
 
-def check_labels(labels: Tensor, rows: int, vocabulary: int, ignore_index: int) -> Tensor:
-    """Return the mask of scored tokens `[N]`; labels must be integers of shape `[N]` inside the vocabulary."""
+def check_labels(labels: Tensor, rows: int, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Return the labels as int64 and the mask of scored tokens, both `[N]`; labels must be inside the vocabulary."""
     if labels.shape != (rows,):
         raise ValueError(f"`labels` must have shape [{rows}], one per token, got {list(labels.shape)}: flatten it.")
     if labels.dtype.is_floating_point or labels.dtype == torch.bool:
         raise ValueError(f"`labels` must be token ids, got dtype {labels.dtype}: convert it to torch.long.")
+    labels = labels.long()
     scored = labels != ignore_index
     outside = scored & ((labels < 0) | (labels >= vocabulary))
     if outside.any():
@@ -19,7 +20,20 @@ def check_labels(labels: Tensor, rows: int, vocabulary: int, ignore_index: int) 
             f"`labels` holds the id {labels[outside][0].item()}, outside the vocabulary of {vocabulary}: mark tokens "
             f"that should not be scored with `ignore_index` ({ignore_index})."
         )
-    return scored
+    return labels, scored
+
+
+def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
+    """Raise unless hidden states `[N, H]`, head `[V, H]` and bias `[V]` fit; `name` prefixes the arguments."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.size(1) != weight.size(1):
+        raise ValueError(
+            f"`{name}hidden` must be [N, H] and `{name}weight` [V, H], got {list(hidden.shape)} and "
+            f"{list(weight.shape)}."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"`{name}bias` must have shape [{weight.size(0)}], got {list(bias.shape)}.")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"`{name}logit_softcap={softcap}` must be > 0, or None for a head without one.")
 
 
 def check_per_token(name: str, value: Tensor | None, rows: int) -> None:

@@ -266,4 +266,6 @@ class QTargetConfig:
             values = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"`{path}` is not valid JSON ({error}): write it again with `save_pretrained`.") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"`{path}` does not hold a JSON object: write it again with `save_pretrained`.")
         return cls._from_fields(values, f"`{path}`")

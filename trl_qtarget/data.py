@@ -78,6 +78,8 @@ def prepare_with_columns(
         prepare: TRL's own `_prepare_dataset`, which here only tokenizes and builds labels.
         columns: the columns to keep. The other arguments are those of `_prepare_dataset`.
     """
+    if columns.weights is not None:
+        check_column(columns.weights, {dataset_name: dataset})
     plain = copy.copy(args)
     plain.max_length, plain.shuffle_dataset = None, False
     dataset = prepare(dataset, processing_class, plain, False, formatting_func, dataset_name)

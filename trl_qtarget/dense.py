@@ -12,7 +12,7 @@ from torch import Tensor
 from .checks import check_labels, check_per_token, check_token_weights, check_vocabulary
 from .config import QTargetConfig
 from .methods import Objective, TokenTarget
-from .tile import Tile
+from .tile import Tile, finite
 
 
 class Target(NamedTuple):
@@ -27,6 +27,10 @@ class Target(NamedTuple):
 
 def _to_statistics_dtype(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _log_probs(logits: Tensor) -> Tensor:
+    return finite(torch.log_softmax(_to_statistics_dtype(logits), dim=-1))
 
 
 @torch.no_grad()
@@ -44,7 +48,7 @@ def _token_target(
     if logits.dim() != 2:
         raise ValueError(f"`logits` must have shape [N, V], got {list(logits.shape)}: flatten the leading dimensions.")
     objective = QTargetConfig.coerce(config).objective(has_prior=prior_logits is not None)
-    scored = check_labels(labels, *logits.shape, ignore_index)
+    labels, scored = check_labels(labels, *logits.shape, ignore_index)
     check_token_weights(token_weights, len(labels), objective)
     check_per_token("sequence_ids", sequence_ids, len(labels))
     if prior_logits is not None:
@@ -59,10 +63,11 @@ def _token_target(
     def rows(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[scored]
 
+    log_probs = _log_probs(logits[scored])
     tile = Tile(
-        log_probs=torch.log_softmax(_to_statistics_dtype(logits[scored]), dim=-1),
+        log_probs=log_probs,
         labels=labels[scored],
-        prior_logits=_to_statistics_dtype(prior_logits[scored]) if objective.uses_prior else None,
+        prior_logits=finite(prior_logits[scored].to(log_probs.dtype)) if objective.uses_prior else None,
         token_weights=rows(token_weights),
         sequence_ids=rows(sequence_ids),
         embeddings=embeddings,
@@ -143,7 +148,7 @@ def qtarget_loss(
     objective, target, scored = _token_target(
         logits, labels, config, prior_logits, token_weights, sequence_ids, embeddings, ignore_index
     )
-    log_probs = torch.log_softmax(_to_statistics_dtype(logits[scored]), dim=-1)
+    log_probs = _log_probs(logits[scored])
     with torch.no_grad():
         probs, value = _target_probs(target), objective.value(target)
     # Autograd sees the cross-entropy to the detached target; the value shown is the publication's.

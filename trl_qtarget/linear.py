@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from . import gemm
-from .checks import check_labels, check_per_token, check_token_weights, check_vocabulary
+from .checks import check_head, check_labels, check_per_token, check_token_weights, check_vocabulary
 from .config import QTargetConfig
 from .methods import Objective, TokenTarget
-from .tile import LabelStatistics, Measure, Tile
+from .tile import LabelStatistics, Measure, Tile, finite
 
 
 # Logits of a chunk: 64 Mi elements, 256 MiB in float32. Large enough for full-speed products (hundreds of tokens at
@@ -90,6 +90,12 @@ class LinearQTargetOutput:
     scored: Tensor
 
 
+def _kept_dtype(value: Tensor) -> torch.dtype:
+    """dtype in which a gradient waits for the backward pass."""
+    # An fp16 gradient only fits its dtype after it was multiplied by the loss scale, which comes with the backward.
+    return torch.float32 if value.dtype == torch.float16 else value.dtype
+
+
 _STATISTICS = ("token_loss", "nll", "trust", "label_mass", "kl", "entropy", "is_top1")
 
 
@@ -98,7 +104,7 @@ class _PrecomputedGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss: Tensor, gradients: tuple[Tensor | None, ...], *inputs: Tensor | None) -> Tensor:
-        ctx.gradients = gradients
+        ctx.gradients, ctx.dtypes = gradients, [None if value is None else value.dtype for value in inputs]
         return loss.clone()
 
     @staticmethod
@@ -111,7 +117,14 @@ class _PrecomputedGradient(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         # In place: a second copy of the head's gradient would double what the loss needs at its peak.
-        return None, None, *(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients)
+        return (
+            None,
+            None,
+            *(
+                None if gradient is None else gradient.mul_(grad_loss).to(dtype)
+                for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+            ),
+        )
 
 
 def linear_qtarget_loss(
@@ -159,20 +172,18 @@ def linear_qtarget_loss(
         ValueError: an argument is missing, misshapen or out of range.
     """
     config = QTargetConfig.coerce(config)
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.size(1) != weight.size(1):
-        raise ValueError(
-            f"`hidden` must be [N, H] and `weight` [V, H], got {list(hidden.shape)} and {list(weight.shape)}."
-        )
+    check_head("", hidden, weight, bias, logit_softcap)
     if (prior_hidden is None) != (prior_weight is None):
         raise ValueError("`prior_hidden` and `prior_weight` belong together: pass both or none.")
     objective = config.objective(has_prior=prior_hidden is not None)
-    check_labels(labels, hidden.size(0), weight.size(0), ignore_index)
+    labels, _ = check_labels(labels, hidden.size(0), weight.size(0), ignore_index)
     check_token_weights(token_weights, len(labels), objective)
     check_per_token("sequence_ids", sequence_ids, len(labels))
     prior_head = None
     if prior_hidden is not None:
+        check_head("prior_", prior_hidden, prior_weight, prior_bias, prior_logit_softcap)
         check_vocabulary("prior_weight", prior_weight.size(0), weight.size(0))
-        if prior_hidden.dim() != 2 or prior_hidden.size(0) != hidden.size(0):
+        if prior_hidden.size(0) != hidden.size(0):
             raise ValueError(f"`prior_hidden` must have one row per row of `hidden`, got {list(prior_hidden.shape)}.")
         prior_head = Head(prior_weight, prior_bias, prior_logit_scale, prior_logit_softcap)
     return fused_loss(
@@ -231,9 +242,10 @@ def fused_loss(
         statistics, gradients = batch.run(inverse_count, *wanted)
         loss = statistics["token_loss"].sum() * inverse_count
         if gradients[0] is not None:
-            gradients[0] = torch.zeros_like(hidden).index_copy_(0, index, gradients[0].to(hidden.dtype))
+            rows_of_all = gradients[0].new_zeros(hidden.shape, dtype=_kept_dtype(hidden))
+            gradients[0] = rows_of_all.index_copy_(0, index, gradients[0].to(rows_of_all.dtype))
         gradients = tuple(
-            None if gradient is None else gradient.to(value.dtype)
+            None if gradient is None else gradient.to(_kept_dtype(value))
             for gradient, value in zip(gradients, inputs, strict=True)
         )
         spread = {
@@ -328,9 +340,9 @@ class _Batch:
 
     def _tile(self, block: slice, logits: Tensor, prior_logits: Tensor | None) -> Tile:
         return Tile(
-            log_probs=torch.log_softmax(logits, dim=-1, out=logits),
+            log_probs=finite(torch.log_softmax(logits, dim=-1, out=logits), in_place=True),
             labels=self.labels[block],
-            prior_logits=prior_logits,
+            prior_logits=None if prior_logits is None else finite(prior_logits, in_place=True),
             token_weights=None if self.token_weights is None else self.token_weights[block],
             embeddings=self.head.weight,
             reuse_buffers=True,
@@ -349,7 +361,7 @@ class _Batch:
                 if prior is not None:
                     prior[block] = tile.prior_label_log_probs
         labels = LabelStatistics(policy, policy if prior is None else prior, self.token_weights, self.sequence_ids)
-        return self.objective.trust(labels, self.objective.knobs).to(self.dtype)
+        return self.objective.token_trust(labels)
 
     def _record(self, statistics: dict[str, Tensor], block: slice, target: TokenTarget) -> None:
         statistics["token_loss"][block] = self.objective.value(target)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .registry import Design, Knob, NonNegative, read_knobs
 from .residual import RESIDUALS
-from .tile import Measure, Tile
+from .tile import LabelStatistics, Measure, Tile
 from .trust import TRUSTS
 
 
@@ -294,6 +294,12 @@ class Objective:
         """Whether the logits of another distribution than the policy's own are needed."""
         return not self.prior_is_policy and (self.trust.uses_prior or self.residual.uses_prior)
 
+    def token_trust(self, tile: Tile | LabelStatistics) -> Tensor:
+        """γ of the tokens of a tile, or of all tokens for a per-sequence trust."""
+        trust = self.trust(tile, self.knobs).to(tile.label_log_probs.dtype)
+        _check_shape("trust", self.trust, trust, tile.label_log_probs)
+        return trust
+
     def target(self, tile: Tile, trust: Tensor | None = None) -> TokenTarget:
         """The target for a tile; `trust[n]` is given for a per-sequence trust, which was computed beforehand."""
         if self.prior_is_policy and tile.prior_logits is None:
@@ -304,20 +310,25 @@ class Objective:
         positive = tile.policy if measures[0] is tile.log_probs else tile.measure(measures[0])
         negative = positive if measures[1] is measures[0] else tile.measure(measures[1])
         if trust is None:
-            trust = self.trust(tile, self.knobs).to(tile.log_probs.dtype)
-        _check_shape("trust", self.trust, trust, tile.labels)
+            trust = self.token_trust(tile)
         for measure in measures:
             _check_shape("residual", self.residual, measure, tile.log_probs)
         return TokenTarget(tile, trust, self.scale(tile), positive, negative)
 
 
 def knobs_of(method: Method | None, trust: Design, residual: Design) -> dict[str, Knob]:
-    """The knobs of a method (only those of its row) or of a free combination (all of its two designs)."""
+    """The knobs of a method (only those of its row) or of a free combination (all of its two designs).
+
+    A knob that two designs share has one value, which has to suit both; the trust's default comes first.
+    """
     declared: dict[str, Knob] = {}
     functions = [trust.function, residual.function] + ([method.scale, method.value] if method else [])
     for function in functions:
         for name, knob in read_knobs(function).items():
-            declared.setdefault(name, knob)
+            first = declared.setdefault(name, knob)
+            allowed = first.range & knob.range
+            defaults = [default for default in (first.default, knob.default) if default in allowed]
+            declared[name] = Knob(defaults[0] if defaults else first.default, allowed)
     if method is None:
         return declared
     return {name: Knob(default, declared[name].range) for name, default in method.knobs.items()}

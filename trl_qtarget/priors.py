@@ -34,13 +34,22 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
 
 @contextmanager
 def _inference(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
+    """No gradients, no dropout, no gradient checkpointing; afterwards every module and parameter is as before."""
+    # Not the linear layers: none has an evaluation mode of its own, and for 4-bit ones on a CPU bitsandbytes takes it
+    # as a sign to repack the weights into a layout that no gradient passes through.
+    modules = [module for module in model.modules() if module.training and not isinstance(module, nn.Linear)]
+    # PEFT makes every adapter parameter trainable when it turns adapters on again, also one that the user froze.
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     try:
+        for module in modules:
+            module.training = False
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        for module in modules:
+            module.training = True
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 class Prior:
@@ -182,7 +191,8 @@ class SyncPriorCallback(TrainerCallback):
 
 def check_reference(config: QTargetConfig, model: Any, ref_model: Any) -> None:
     """Raise early, before any data is prepared, where the configuration and `ref_model` do not fit together."""
-    if ref_model is not None and ref_model is model:
+    models = [base_model_of(each) for each in (model, ref_model) if isinstance(each, nn.Module)]
+    if len(models) == 2 and models[0] is models[1]:
         raise ValueError(
             "`ref_model` is the model being trained, so it would move with it: pass a second instance or a path, or "
             "`ref_model=None` with `prior='base'` for the starting weights."

@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, get_type_hints
 
 
@@ -32,6 +33,12 @@ class Range:
             return False
         above = value > self.low if self.open_low else value >= self.low
         return above and value <= self.high
+
+    def __and__(self, other: "Range") -> "Range":
+        """The values that both ranges allow."""
+        low, high = max(self.low, other.low), min(self.high, other.high)
+        open_low = any(each.open_low for each in (self, other) if each.low == low)
+        return Range(low, high, open_low, self.whole or other.whole)
 
     def __str__(self) -> str:
         kind = "an integer" if self.whole else "a number"
@@ -58,19 +65,22 @@ class Knob:
 
 
 def read_knobs(function: Callable) -> dict[str, Knob]:
-    """Knobs of a function: its keyword-only parameters, with default and range."""
-    hints = get_type_hints(function, include_extras=True)
+    """Knobs of a function: its keyword-only parameters, with default and range; none that a `partial` has bound."""
+    bound = function.keywords if isinstance(function, partial) else {}
+    plain = function.func if isinstance(function, partial) else function
+    hints = get_type_hints(plain if inspect.isroutine(plain) else type(plain).__call__, include_extras=True)
     knobs = {}
     for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY or name in bound:
             continue
+        called = getattr(plain, "__name__", type(plain).__name__)
         if name not in KNOBS:
             raise ValueError(
                 f"`{name}` is not a knob that `QTargetConfig` has: name the keyword-only parameters of "
-                f"`{function.__name__}` from {', '.join(KNOBS)}, or bind other values with `functools.partial`."
+                f"`{called}` from {', '.join(KNOBS)}, or bind other values with `functools.partial`."
             )
         if parameter.default is inspect.Parameter.empty:
-            raise ValueError(f"`{name}` of `{function.__name__}` has no default: give it one, e.g. `*, {name}=1.0`.")
+            raise ValueError(f"`{name}` of `{called}` has no default: give it one, e.g. `*, {name}=1.0`.")
         ranges = [extra for extra in getattr(hints.get(name), "__metadata__", ()) if isinstance(extra, Range)]
         knobs[name] = Knob(parameter.default, ranges[0] if ranges else Range())
     return knobs

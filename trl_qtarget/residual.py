@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .registry import Count, Positive, Shelf, Unit
-from .tile import Tile
+from .tile import Tile, floor_of
 
 
 RESIDUALS = Shelf("residual")
@@ -28,7 +28,7 @@ def register_residual(name: str, function: Callable | None = None, **properties:
     Args:
         name: the name to use in configurations.
         function: `function(tile, *, knob=default, ...) -> log π̃ [n, V]`, log-probabilities that sum to one in every
-            row; use the dtype's lowest finite number, not `-inf`, for a zero. `tile` is a
+            row; for a zero use `trl_qtarget.tile.floor_of(dtype)`, not `-inf`. `tile` is a
             [`Tile`][trl_qtarget.tile.Tile] of `n` scored tokens: `log_probs[n, V]`, `labels[n]`, `prior_logits[n, V]`
             if `uses_prior`, `embeddings[V, H]` if `uses_embeddings`; do not write into them. Knobs as in
             [`register_trust`][trl_qtarget.register_trust]. Without `function`, a decorator is returned.
@@ -98,7 +98,6 @@ def neighbors(tile: Tile, *, top_k: Count = 20, temperature: Positive = 1.0) -> 
     cosine = embeddings[labels] @ embeddings.t() / norms / norms[labels, None]
     cosine.scatter_(1, labels[:, None], -torch.inf)
     similarity, nearest = cosine.topk(min(top_k, cosine.size(-1) - 1), dim=-1)
-    floor = torch.finfo(dtype).min
-    log_probs = torch.full_like(cosine, floor)
+    log_probs = torch.full_like(cosine, floor_of(dtype))
     log_probs.scatter_(1, nearest, torch.log_softmax(similarity / temperature, dim=-1))
     return log_probs[index]

@@ -11,6 +11,16 @@ import torch
 from torch import Tensor
 
 
+def floor_of(dtype: torch.dtype) -> float:
+    """A log-probability that stands for zero: `exp` of it is 0, and no knob's product with it overflows."""
+    return torch.finfo(dtype).min / 1024
+
+
+def finite(log_probs: Tensor, in_place: bool = False) -> Tensor:
+    """Raise `-inf`, a masked token, to a finite floor, so that `0 * log 0` is 0 in every sum and not NaN."""
+    return torch.clamp(log_probs, min=floor_of(log_probs.dtype), out=log_probs if in_place else None)
+
+
 def sequence_means(values: Tensor, sequence_ids: Tensor | None) -> Tensor:
     """Replace each of `values[N]` by the mean over its sequence; without `sequence_ids[N]` all are one sequence."""
     if sequence_ids is None:
@@ -46,8 +56,7 @@ class LabelStatistics:
 class Measure:
     """A distribution over the vocabulary, beside the policy it is compared with.
 
-    `log_probs[n, V]` may hold the lowest finite number where the probability is zero, never `-inf`, so that
-    `0 * log 0` is 0 in every sum.
+    `log_probs[n, V]` holds a low finite number (`floor_of`) where the probability is zero, never `-inf`.
     """
 
     log_probs: Tensor

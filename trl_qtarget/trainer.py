@@ -90,6 +90,7 @@ class QTargetSFTTrainer(SFTTrainer):
         self._prior = self._choose_prior(ref_model)
         self._objective = self.qtarget_config.objective(has_prior=self._prior is not None)
         self._totals: dict[str, Tensor] = {}
+        self._new_tokens: Tensor | int = 0
 
     def _choose_prior(self, ref_model: "str | PreTrainedModel | None") -> Prior | None:
         config = self.qtarget_config
@@ -202,16 +203,18 @@ class QTargetSFTTrainer(SFTTrainer):
             aux_loss = self.accelerator.gather(outputs.aux_loss.detach()[None]).mean()
             self._metrics[mode]["aux_loss"].append(aux_loss)
         self._totals[mode] = self._totals.get(mode, 0) + sums.double()
+        if mode == "train":
+            self._new_tokens = self._new_tokens + sums[1].long()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         metrics, totals = self._metrics[mode], self._totals.pop(mode, None)
+        self._total_train_tokens += int(self._new_tokens) // self._tp_size
+        self._new_tokens = 0
         for key, values in metrics.items():
             metrics[key] = torch.stack(values).tolist()
         if totals is not None:
-            count, tokens, _, _, *target_sums, kl_count = totals.tolist()
-            if mode == "train":
-                self._total_train_tokens += int(tokens) // self._tp_size
+            count, _, _, _, *target_sums, kl_count = totals.tolist()
             metrics["num_tokens"] = [self._total_train_tokens]
             for name, total in zip(TARGET_METRICS, target_sums, strict=True):
                 number = kl_count if name == "kl" else count

@@ -1,0 +1,27 @@
+"""Quiet runs of one thread: no progress bars, and of the libraries' logs only what a test asks for."""
+
+import logging
+
+import datasets
+import pytest
+import torch
+import transformers
+
+
+def pytest_configure(config):
+    # Tiny models gain nothing from threads, and workers of pytest-xdist would fight over the cores.
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    # Of transformers about an option that TRL's SFTConfig still has under this name.
+    config.addinivalue_line("filterwarnings", "ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+    for name in ("trl", "accelerate", "bitsandbytes", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@pytest.fixture
+def logged(caplog):
+    """Messages that the package logs during a test."""
+    caplog.set_level(logging.INFO, logger="trl_qtarget")
+    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("trl_qtarget")]

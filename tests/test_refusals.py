@@ -1,0 +1,172 @@
+"""What does not fit together is refused before any training step, and the message names argument and remedy."""
+
+import re
+
+import pytest
+import tiny
+import torch
+from accelerate import ParallelismConfig
+from peft import LoraConfig, get_peft_model
+from training import make_trainer, warm_model
+
+from trl_qtarget import QTargetConfig, QTargetSFTTrainer
+
+
+def refused(message: str, *, method="asft", model=None, **arguments):
+    """Making a trainer raises a ValueError that holds `message`."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_trainer(
+            QTargetSFTTrainer, tiny.text_dataset(4), model or warm_model(), qtarget_config=method, **arguments
+        )
+
+
+def other_vocabulary():
+    return tiny.model(vocab_size=330)
+
+
+# --- the target ---
+
+
+def test_unknown_method_lists_the_known_ones():
+    refused("`method='dpo'` is unknown. Known methods: sft, dft, beyond_log,", method="dpo")
+
+
+def test_unknown_field_of_a_dict():
+    refused("`qtarget_config` has unknown fields ['lambda']", method={"method": "asft", "lambda": 0.1})
+
+
+def test_config_of_another_type():
+    refused("`qtarget_config` must be a `QTargetConfig`, a method's name or a dict, got `int`.", method=3)
+
+
+def test_unused_knob():
+    refused(
+        "`eta` is not used by `method='asft'`, whose knobs are: lam. Remove it.", method={"method": "asft", "eta": 1}
+    )
+
+
+def test_field_that_was_set_to_nonsense_later():
+    config = QTargetConfig("asft")
+    config.lam = -1.0
+    refused("`lam=-1.0` is out of range: it must be a number >= 0.", method=config)
+
+
+@pytest.mark.parametrize("name", ["asft", "psft", "iw_sft", "distill"])
+def test_prior_needed_but_policy(name):
+    message = f"`prior='policy'` leaves `method='{name}'` without the second distribution that it needs"
+    refused(message, method={"method": name, "prior": "policy"})
+
+
+def test_prior_for_a_method_without_one():
+    refused("`prior='base'` is not used by `method='sft'`", method={"method": "sft", "prior": "base"})
+
+
+# --- the reference model ---
+
+
+@pytest.mark.parametrize("method", ["distill", "distill_hybrid", {"method": "asft", "prior": "model"}])
+def test_reference_model_needed_but_none(method):
+    refused("needs a reference model and `ref_model` is None: pass a path or a loaded model", method=method)
+
+
+def test_reference_model_is_the_policy():
+    model = warm_model()
+    refused("`ref_model` is the model being trained, so it would move with it", model=model, ref_model=model)
+
+
+def test_reference_model_is_inside_the_policy():
+    policy = get_peft_model(warm_model(), LoraConfig(task_type="CAUSAL_LM"))
+    message = "`ref_model` is the model being trained"
+    refused(message, model=policy, ref_model=policy.get_base_model())
+    refused(message, model=policy.get_base_model(), ref_model=policy)
+
+
+def test_reference_model_is_the_policy_by_path_is_allowed(tmp_path):
+    warm_model().save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    path = str(tmp_path)
+    trainer = make_trainer(
+        QTargetSFTTrainer, tiny.text_dataset(4), path, qtarget_config="asft", ref_model=str(tmp_path / ".")
+    )
+    assert trainer._prior.causal_model is not trainer.model
+    make_trainer(QTargetSFTTrainer, tiny.text_dataset(4), path, qtarget_config="asft", ref_model=path)  # one string
+
+
+def test_reference_model_of_another_vocabulary():
+    vocabulary = len(tiny.tokenizer())
+    message = f"`ref_model` has a vocabulary of 330, the policy one of {vocabulary}: a prior must share the policy's"
+    refused(message, ref_model=other_vocabulary())
+
+
+def test_reference_model_of_another_vocabulary_by_path(tmp_path):
+    other_vocabulary().save_pretrained(tmp_path)
+    refused("`ref_model` has a vocabulary of 330", ref_model=str(tmp_path), method="distill")
+
+
+# --- PEFT ---
+
+
+@pytest.mark.parametrize("method", ["sft", "asft"])
+def test_adapter_on_the_head(method):
+    peft = LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    refused("Applying a PEFT adapter to `lm_head` is not supported", method=method, peft_config=peft)
+
+
+# --- the SFTConfig ---
+
+
+@pytest.mark.parametrize("method", ["sft", "asft", None])
+def test_loss_type_dft_with_another_method(method):
+    config = QTargetConfig() if method is None else method
+    refused(
+        "`loss_type='dft'` in the `SFTConfig` contradicts `qtarget_config`",
+        method=config,
+        options={"loss_type": "dft"},
+    )
+
+
+def test_label_smoothing_factor():
+    refused(
+        "`label_smoothing_factor` in the `SFTConfig` would replace the target: set it to 0 and use "
+        "`QTargetConfig('label_smoothing', lam=0.2)`.",
+        options={"label_smoothing_factor": 0.2},
+    )
+
+
+def test_compute_loss_func():
+    def own_loss(outputs, labels, num_items_in_batch=None):
+        return torch.zeros(())
+
+    refused("`compute_loss_func` would replace the target", compute_loss_func=own_loss)
+
+
+def test_compute_loss_func_by_position():
+    with pytest.raises(ValueError, match="`compute_loss_func` would replace the target"):
+        QTargetSFTTrainer(warm_model(), None, None, tiny.text_dataset(4), None, tiny.tokenizer(), print)
+
+
+@pytest.mark.parametrize("name", ["cp", "sp"])
+def test_sequence_parallelism(name):
+    from trl_qtarget.trainer import _refuse_sequence_parallelism
+
+    parallelism = ParallelismConfig()
+    setattr(parallelism, f"{name}_size", 2)
+    with pytest.raises(ValueError, match="`parallelism_config` splits sequences over ranks"):
+        _refuse_sequence_parallelism(parallelism)
+    _refuse_sequence_parallelism(ParallelismConfig())
+    _refuse_sequence_parallelism(None)
+
+
+# --- batches ---
+
+
+def test_collator_without_mask_or_positions():
+    def collate(examples):
+        ids = torch.tensor([example["input_ids"][:3] for example in examples])
+        return {"input_ids": ids, "labels": ids}
+
+    trainer = make_trainer(
+        QTargetSFTTrainer, tiny.text_dataset(4), warm_model(), qtarget_config="sft", data_collator=collate
+    )
+    with pytest.raises(ValueError, match="`data_collator` must return `attention_mask` or `position_ids`"):
+        trainer.train()

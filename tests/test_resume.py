@@ -1,0 +1,98 @@
+"""A run that resumes goes on as if it had never stopped, and checkpoints say toward which target they were trained."""
+
+import json
+
+import pytest
+import tiny
+from peft import LoraConfig
+from safetensors.torch import load_file
+from training import SAME, Run, make_trainer, trainable, warm_model, worst
+
+from trl_qtarget import QTargetConfig, QTargetSFTTrainer
+
+
+LORA = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+STATE = "qtarget_prior.safetensors"
+CONFIG = "qtarget_config.json"
+
+CASES = {
+    "lagged": {"qtarget_config": QTargetConfig("psft", prior_sync_steps=2)},
+    "lagged_average": {
+        "qtarget_config": QTargetConfig("asft", prior="lagged", prior_sync_steps=1, prior_sync_decay=0.5)
+    },
+    "lagged_lora": {"qtarget_config": QTargetConfig("psft", prior_sync_steps=2), "peft_config": LORA},
+    "base": {"qtarget_config": QTargetConfig("asft")},
+    "base_lora": {"qtarget_config": QTargetConfig("asft"), "peft_config": LORA},
+    "ref": {"qtarget_config": "distill"},
+}
+
+
+def run(directory, resume=None, **arguments) -> Run:
+    """Six steps with a checkpoint after the third, or the last three of them."""
+    if arguments["qtarget_config"] == "distill":
+        arguments["ref_model"] = warm_model(steps=12)
+    trainer = make_trainer(
+        QTargetSFTTrainer,
+        tiny.text_dataset(),
+        warm_model(),
+        steps=6,
+        optim="adamw",
+        options={"output_dir": str(directory), "save_strategy": "steps", "save_steps": 3},
+        **arguments,
+    )
+    result = Run(trainer, trainable(trainer.model))
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return result
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_run_equals_uninterrupted_run(case, tmp_path):
+    whole = run(tmp_path / "whole", **CASES[case])
+    resumed = run(tmp_path / "resumed", resume=tmp_path / "whole" / "checkpoint-3", **CASES[case])
+    assert len(resumed.steps) == len(whole.steps) == 6
+    for name in ("loss", "grad_norm", "target/trust", "target/kl"):
+        assert resumed.column(name) == pytest.approx(whole.column(name), rel=1e-5), name
+    assert worst(resumed.weights, whole.weights) < SAME
+    assert worst(whole.weights, whole.start) > 1e-3
+    saved = tmp_path / "whole" / "checkpoint-3" / STATE
+    assert saved.is_file() == case.startswith("lagged")
+    if saved.is_file():
+        assert load_file(saved).keys() == whole.weights.keys()
+        assert worst(resumed.trainer._prior.values, whole.trainer._prior.values) < SAME
+
+
+def test_resume_without_the_lagged_weights_is_refused(tmp_path):
+    run(tmp_path, qtarget_config=QTargetConfig("psft", prior_sync_steps=2))
+    (tmp_path / "checkpoint-3" / STATE).unlink()
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint` has no `qtarget_prior.safetensors`"):
+        run(tmp_path, resume=tmp_path / "checkpoint-3", qtarget_config=QTargetConfig("psft", prior_sync_steps=2))
+
+
+def test_resume_with_other_parameters_is_refused(tmp_path):
+    psft = QTargetConfig("psft", prior_sync_steps=2)
+    run(tmp_path / "full", qtarget_config=psft)
+    run(tmp_path / "lora", qtarget_config=psft, peft_config=LORA)
+    saved = (tmp_path / "full" / "checkpoint-3" / STATE).read_bytes()
+    (tmp_path / "lora" / "checkpoint-3" / STATE).write_bytes(saved)
+    with pytest.raises(ValueError, match="holds other parameters than those being trained"):
+        run(tmp_path / "lora", resume=tmp_path / "lora" / "checkpoint-3", qtarget_config=psft, peft_config=LORA)
+
+
+@pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
+def test_checkpoints_and_saved_models_hold_the_config(peft, tmp_path):
+    config = QTargetConfig("asft", lam=0.03)
+    result = run(tmp_path, qtarget_config=config, peft_config=peft)
+    result.trainer.save_model()
+    result.trainer.save_model(str(tmp_path / "elsewhere"))
+    for directory in ("checkpoint-3", "checkpoint-6", ".", "elsewhere"):
+        assert QTargetConfig.from_pretrained(tmp_path / directory) == config
+        assert json.loads((tmp_path / directory / CONFIG).read_text()) == config.to_dict()
+    assert not [path for path in tmp_path.rglob(".*") if "qtarget" in path.name]
+
+
+def test_checkpoint_of_another_method_resumes(tmp_path):
+    """The target is what the new trainer says: a run may go on toward another one."""
+    run(tmp_path, qtarget_config="sft")
+    resumed = run(tmp_path / "resumed", resume=tmp_path / "checkpoint-3", qtarget_config="dft")
+    assert QTargetConfig.from_pretrained(tmp_path / "resumed" / "checkpoint-6") == QTargetConfig("dft")
+    assert len(resumed.steps) == 6
