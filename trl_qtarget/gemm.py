@@ -1,8 +1,10 @@
-"""The matrix products of the fused loss, with results and sums in float32 whatever the operands' dtype.
+"""The LM head and the matrix products of the fused loss, with float32 results and sums whatever the operands' dtype.
 
 Half-precision operands keep their precision-saving tensor cores on CUDA (bf16 with fp32 output); everywhere else they
 are raised to the result's dtype slice by slice, so that no full-precision copy of the whole head is ever made.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +12,39 @@ from torch import Tensor
 
 # Rows of the head raised to full precision at a time: 16 Mi elements, 64 MiB in float32.
 _SLICE_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Head:
+    """An LM head: `logits = softcap · tanh(scale · (hidden @ weight.T + bias) / softcap)`; no cap without `softcap`.
+
+    `weight[V, H]`, `bias[V]` or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    def detach(self) -> "Head":
+        """The same head without gradient."""
+        bias = None if self.bias is None else self.bias.detach()
+        return Head(self.weight.detach(), bias, self.logit_scale, self.logit_softcap)
+
+    def transform(self, logits: Tensor) -> None:
+        """Turn `hidden @ weight.T` into logits, in place."""
+        if self.bias is not None:
+            logits.add_(self.bias.to(logits.dtype))
+        if self.logit_scale != 1.0:
+            logits.mul_(self.logit_scale)
+        if self.logit_softcap is not None:
+            logits.div_(self.logit_softcap).tanh_().mul_(self.logit_softcap)
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """Derivative of `transform`'s result with respect to `hidden @ weight.T`, from the result."""
+        if self.logit_softcap is None:
+            return self.logit_scale
+        return (logits / self.logit_softcap).square_().neg_().add_(1.0).mul_(self.logit_scale)
 
 
 def result_dtype(operand_dtype: torch.dtype) -> torch.dtype:

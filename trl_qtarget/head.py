@@ -19,7 +19,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from .linear import Head, LinearQTargetOutput, fused_loss
+from .gemm import Head
+from .linear import LinearQTargetOutput, fused_loss
 from .methods import Objective
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import gemm
 from .checks import check_head, check_labels, check_per_token, check_token_weights, check_vocabulary
 from .config import QTargetConfig
+from .gemm import Head
 from .methods import Objective, TokenTarget
 from .tile import LabelStatistics, Measure, Tile, finite
 
@@ -26,39 +27,6 @@ _CHUNK_ELEMENTS = 1 << 26
 # Logits worked on at a time between two products. On a CPU this block stays in the cache through all passes over it.
 _BLOCK_ELEMENTS = {"cpu": 1 << 20}
 _DEFAULT_BLOCK_ELEMENTS = 1 << 26
-
-
-@dataclass(frozen=True)
-class Head:
-    """An LM head: `logits = softcap · tanh(scale · (hidden @ weight.T + bias) / softcap)`; no cap without `softcap`.
-
-    `weight[V, H]`, `bias[V]` or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
-
-    def detach(self) -> "Head":
-        """The same head without gradient."""
-        bias = None if self.bias is None else self.bias.detach()
-        return Head(self.weight.detach(), bias, self.logit_scale, self.logit_softcap)
-
-    def transform(self, logits: Tensor) -> None:
-        """Turn `hidden @ weight.T` into logits, in place."""
-        if self.bias is not None:
-            logits.add_(self.bias.to(logits.dtype))
-        if self.logit_scale != 1.0:
-            logits.mul_(self.logit_scale)
-        if self.logit_softcap is not None:
-            logits.div_(self.logit_softcap).tanh_().mul_(self.logit_softcap)
-
-    def slope(self, logits: Tensor) -> Tensor | float:
-        """Derivative of `transform`'s result with respect to `hidden @ weight.T`, from the result."""
-        if self.logit_softcap is None:
-            return self.logit_scale
-        return (logits / self.logit_softcap).square_().neg_().add_(1.0).mul_(self.logit_scale)
 
 
 @dataclass
