@@ -120,12 +120,13 @@ def dataset_problems(source: str, held_out_size: int, seed: int) -> tuple[list[P
 
 
 def _load(source: str) -> Dataset:
-    path = Path(source)
-    if not path.is_file():
-        return load_dataset(source, split="train")
-    formats = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    path, formats = Path(source), {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
     if path.suffix not in formats:
-        raise SystemExit(f"--dataset {source}: a file must end in {', '.join(formats)}.")
+        if path.is_file():
+            raise SystemExit(f"--dataset {source}: a file must end in {', '.join(formats)}.")
+        return load_dataset(source, split="train")
+    if not path.is_file():
+        raise SystemExit(f"--dataset {source}: there is no such file.")
     return load_dataset(formats[path.suffix], data_files=str(path), split="train")
 
 
