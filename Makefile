@@ -7,7 +7,7 @@ ARGS ?=
 
 .PHONY: help demo test test-slow lint format bench clean
 help:
-	@echo "make demo    fine-tune a real language model toward an explicit target (about 6 minutes on two cores)"
+	@echo "make demo    fine-tune a real language model toward an explicit target (minutes on two cores)"
 	@echo "make test    run the tests;  make test-slow  those that take minutes"
 	@echo "make lint    check style;    make format  mend it"
 	@echo "make bench   measure the loss and a training step against TRL; writes benchmarks/results/"
