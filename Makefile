@@ -5,10 +5,11 @@ RUN = $(VENV)/bin/python
 # Extra arguments: make demo ARGS="--method dft", make test ARGS="-k parity"
 ARGS ?=
 
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow test-distributed lint format bench clean
 help:
 	@echo "make demo    fine-tune a real language model toward an explicit target (minutes on two cores)"
 	@echo "make test    run the tests;  make test-slow  those that take minutes"
+	@echo "make test-distributed   every target on every backend, in jobs of two processes (minutes)"
 	@echo "make lint    check style;    make format  mend it"
 	@echo "make bench   measure the loss and a training step against TRL; writes benchmarks/results/"
 
@@ -27,10 +28,14 @@ demo: $(VENV)/.ready
 
 # Two workers of one thread each: tiny models gain nothing from more threads.
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not slow and not distributed" $(ARGS)
 
 test-slow: $(VENV)/.ready
 	$(RUN) -m pytest -m slow $(ARGS)
+
+# Every target on every backend, in jobs of two processes: DDP, ZeRO-1 to 3, FSDP2.
+test-distributed: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m distributed $(ARGS)
 
 lint: $(VENV)/.ready
 	$(RUN) -m ruff check .

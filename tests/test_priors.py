@@ -81,8 +81,8 @@ def test_base_prior_under_lora_is_the_bare_model(method, logged):
     assert run.moved()
     prior = states(run.trainer)
     assert torch.equal(prior.hidden, hidden_of(warm_model(), run.trainer))
-    assert torch.equal(prior.head.weight, warm_model().lm_head.weight)
-    assert not prior.hidden.requires_grad and not prior.head.weight.requires_grad
+    assert torch.equal(prior.head().weight, warm_model().lm_head.weight)
+    assert not prior.hidden.requires_grad and not prior.head().weight.requires_grad
     check_equals_dense(run.trainer, warm_model())
     assert sum("the prior is the base weights (adapters off)" in message for message in logged()) == 1
 
@@ -95,7 +95,7 @@ def test_base_prior_under_lora_with_trained_modules(saved):
     assert run.moved()
     assert any(saved[0] in name for name in run.weights)
     prior = states(run.trainer)
-    assert torch.equal(prior.head.weight, warm_model().lm_head.weight)
+    assert torch.equal(prior.head().weight, warm_model().lm_head.weight)
     check_equals_dense(run.trainer, warm_model())
 
 
@@ -103,8 +103,8 @@ def test_base_prior_without_peft_is_the_starting_model(logged):
     run = train_target(BASE, steps=4)
     prior = states(run.trainer)
     assert torch.equal(prior.hidden, hidden_of(warm_model(), run.trainer))
-    assert torch.equal(prior.head.weight, warm_model().lm_head.weight)
-    assert not torch.equal(prior.head.weight, run.trainer.model.lm_head.weight)
+    assert torch.equal(prior.head().weight, warm_model().lm_head.weight)
+    assert not torch.equal(prior.head().weight, run.trainer.model.lm_head.weight)
     check_equals_dense(run.trainer, warm_model())
     assert any("the prior is the starting weights (a frozen copy)" in message for message in logged())
 
@@ -134,7 +134,7 @@ def test_base_prior_of_a_partly_frozen_model():
     model.model.embed_tokens.requires_grad_(False)
     model.lm_head.requires_grad_(False)
     run = train_target(BASE, model=model)
-    assert "lm_head.weight" not in run.trainer._prior.values
+    assert run.trainer._prior.causal_model.lm_head.weight is run.trainer.model.lm_head.weight
     check_equals_dense(run.trainer, warm_model())
 
 
@@ -175,7 +175,7 @@ def test_model_prior_by_path_and_of_another_width(tmp_path):
 def test_model_prior_by_path_has_the_dtype_of_the_policy(tmp_path):
     warm_model(wide_model).save_pretrained(tmp_path)
     run = train_target("distill", model=warm_model().bfloat16(), ref_model=str(tmp_path), steps=1)
-    assert states(run.trainer).head.weight.dtype == torch.bfloat16
+    assert states(run.trainer).head().weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("method", ["target_sft", "iw_sft", "psft"])
@@ -234,8 +234,8 @@ def test_lagged_prior_copies_every_n_optimiser_steps(peft, accumulation):
         options={"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 2},
     )
     assert len(recorder.weights) == 8
-    assert worst(run.trainer._prior.values, recorder.weights[5]) < SAME
-    assert worst(run.trainer._prior.values, run.weights) > 1e-3
+    assert worst(run.trainer._prior.parts, recorder.weights[5]) < SAME
+    assert worst(run.trainer._prior.parts, run.weights) > 1e-3
 
 
 def test_lagged_prior_average_is_the_hand_computed_one():
@@ -246,7 +246,7 @@ def test_lagged_prior_average_is_the_hand_computed_one():
     for step in (2, 4, 6):
         live = recorder.weights[step - 1]
         expected = {name: 0.75 * value + 0.25 * live[name].double() for name, value in expected.items()}
-    assert worst(run.trainer._prior.values, expected) < SAME
+    assert worst(run.trainer._prior.parts, expected) < SAME
     average = warm_model()
     average.load_state_dict({name: value.float() for name, value in expected.items()})
     check_equals_dense(run.trainer, average)
@@ -259,7 +259,7 @@ def test_lagged_prior_average_of_half_precision_weights_is_kept_in_single():
     expected = {name: value.double() for name, value in run.start.items()}
     for live in recorder.weights:
         expected = {name: 0.999 * value + 0.001 * live[name].double() for name, value in expected.items()}
-    assert worst(run.trainer._prior.values, expected) < SAME
+    assert worst(run.trainer._prior.parts, expected) < SAME
 
 
 def test_psft_gradient_after_a_sync_is_sft_gradient():
@@ -275,7 +275,7 @@ def test_psft_gradient_after_a_sync_is_sft_gradient():
 
 def check_equals_dense_of_snapshot(trainer):
     snapshot = warm_model()
-    snapshot.load_state_dict(trainer._prior.values)
+    snapshot.load_state_dict(trainer._prior.parts)
     check_equals_dense(trainer, snapshot)
 
 

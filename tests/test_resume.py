@@ -58,7 +58,7 @@ def test_resumed_run_equals_uninterrupted_run(case, tmp_path):
     assert saved.is_file() == case.startswith("lagged")
     if saved.is_file():
         assert load_file(saved).keys() == whole.weights.keys()
-        assert worst(resumed.trainer._prior.values, whole.trainer._prior.values) < SAME
+        assert worst(resumed.trainer._prior.parts, whole.trainer._prior.parts) < SAME
 
 
 def test_resume_without_the_lagged_weights_is_refused(tmp_path):

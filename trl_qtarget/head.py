@@ -8,8 +8,9 @@
 
 import functools
 import types
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -29,21 +30,25 @@ IGNORE_INDEX = -100
 
 @dataclass
 class PriorStates:
-    """What a prior says about a batch: its final hidden states `[B, T, H']` and its LM head."""
+    """What a prior says about a batch: its final hidden states `[B, T, H']` and its LM head.
+
+    `head` is called when the loss is computed, so that a sharded head is whole for no longer than that.
+    """
 
     hidden: Tensor
-    head: Head
+    head: Callable[[], Head]
 
 
 @dataclass
 class TargetRequest:
     """What the loss needs beside the model's inputs.
 
-    `token_weights` and `sequence_ids` are `[B, T]`, aligned with the labels before the shift.
+    `token_weights` and `sequence_ids` are `[B, T]`, aligned with the labels before the shift. `prior` is called inside
+    the model's forward, before the policy's own pass.
     """
 
     objective: Objective
-    prior: PriorStates | None = None
+    prior: Callable[[], PriorStates] | None = None
     token_weights: Tensor | None = None
     sequence_ids: Tensor | None = None
     chunk_tokens: int | None = None
@@ -81,19 +86,22 @@ def read_logit_transform(config: PretrainedConfig) -> tuple[float, float | None]
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The LM head of a causal language model, with its logit transform. A sharded (FSDP2) head is gathered."""
+    """The LM head of a causal language model, with its logit transform; perhaps sharded (see `gathered`)."""
     embeddings = model.get_output_embeddings()
-    weight, bias = embeddings.weight, getattr(embeddings, "bias", None)
-    if isinstance(weight, DTensor):
-        weight = weight.full_tensor()
-        bias = None if bias is None else bias.full_tensor()
-    return Head(weight, bias, *read_logit_transform(model.config))
+    return Head(embeddings.weight, getattr(embeddings, "bias", None), *read_logit_transform(model.config))
 
 
-def gathered(*heads: Head | None) -> AbstractContextManager:
-    """Heads that ZeRO-3 has partitioned are whole inside this context."""
-    parameters = [parameter for head in heads if head is not None for parameter in (head.weight, head.bias)]
-    return maybe_gather_lm_head_ctx(*parameters)
+@contextmanager
+def gathered(*heads: Head | None) -> Iterator[list[Head | None]]:
+    """The heads, whole: those that FSDP2 or ZeRO-3 has sharded are gathered for the time of this context."""
+
+    def whole(value: Tensor | None) -> Tensor | None:
+        return value.full_tensor() if isinstance(value, DTensor) else value
+
+    weights = [value for head in heads if head is not None for value in (head.weight, head.bias)]
+    parameters = [value for value in weights if hasattr(value, "ds_status")]
+    with maybe_gather_lm_head_ctx(*parameters):
+        yield [head and replace(head, weight=whole(head.weight), bias=whole(head.bias)) for head in heads]
 
 
 def _load_balancing_loss(config: PretrainedConfig, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
@@ -117,12 +125,13 @@ def _next_token(values: Tensor, fill: float = 0) -> Tensor:
 def _target_loss(
     model: PreTrainedModel,
     hidden: Tensor,
+    prior: PriorStates | None,
     request: TargetRequest,
     labels: Tensor | None,
     shift_labels: Tensor | None,
     num_items_in_batch: Tensor | int | None,
 ) -> LinearQTargetOutput:
-    head, prior = head_of(model), request.prior
+    head = head_of(model)
     device, length = head.weight.device, hidden.size(1)
     if shift_labels is not None:
         next_labels = shift_labels.reshape(-1)
@@ -140,14 +149,14 @@ def _target_loss(
     if prior is not None:
         prior_hidden = _right_align(prior.hidden, length).flatten(0, 1).to(device)
     # To `device`: a model split over devices may end on another one than its head.
-    with gathered(head, prior.head if prior is not None else None):
+    with gathered(head, prior and prior.head()) as (head, prior_head):
         return fused_loss(
             request.objective,
             hidden.flatten(0, 1).to(device),
             head,
             next_labels.to(device),
             prior_hidden=prior_hidden,
-            prior_head=prior.head if prior is not None else None,
+            prior_head=prior_head,
             token_weights=per_token(request.token_weights),
             sequence_ids=per_token(request.sequence_ids),
             num_items_in_batch=num_items_in_batch,
@@ -174,11 +183,14 @@ def add_target_head(model: PreTrainedModel) -> None:
         shift_labels = kwargs.pop("shift_labels", None)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         kwargs["use_cache"] = False
+        prior = qtarget.prior() if qtarget is not None and qtarget.prior is not None else None
         # Looked up on each call: FSDP and PEFT replace the backbone after this function has run.
         outputs = self.base_model(*args, **kwargs)
         if qtarget is None:
             return FinalHiddenOutput(outputs.last_hidden_state)
-        tokens = _target_loss(self, outputs.last_hidden_state, qtarget, labels, shift_labels, num_items_in_batch)
+        tokens = _target_loss(
+            self, outputs.last_hidden_state, prior, qtarget, labels, shift_labels, num_items_in_batch
+        )
         aux_loss = None
         if kwargs.get("output_router_logits"):
             aux_loss = _load_balancing_loss(text_config, outputs.router_logits, kwargs.get("attention_mask"))

@@ -5,26 +5,18 @@ checkpointing, and hand out hidden states and a head; the fused loss does the re
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from torch import nn
+from transformers import PreTrainedModel
 
-from .checks import check_vocabulary
-from .config import QTargetConfig
-from .head import PriorStates, add_target_head, head_of
-
-
-logger = get_logger(__name__)
-
-STATE_NAME = "qtarget_prior.safetensors"
+from .head import PriorStates, head_of
+from .shards import reshard
 
 
 def base_model_of(model: nn.Module) -> PreTrainedModel:
@@ -33,7 +25,7 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
 
 
 @contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
+def inference(model: nn.Module) -> Iterator[None]:
     """No gradients, no dropout, no gradient checkpointing; afterwards every module and parameter is as before."""
     # Not the linear layers: none has an evaluation mode of its own, and for 4-bit ones on a CPU bitsandbytes takes it
     # as a sign to repack the weights into a layout that no gradient passes through.
@@ -61,28 +53,35 @@ class Prior:
         """Hidden states and head for the policy's inputs (labels and loss arguments are left out)."""
         raise NotImplementedError
 
+    def request(self, inputs: Mapping[str, Any]) -> Callable[[], PriorStates]:
+        """What the policy's forward calls for the states. Here the prior has run by then."""
+        states = self.states(inputs)
+        return lambda: states
+
+    def start(self, step: int) -> None:
+        """Told when training begins, with every wrapper in place; `step` is 0 unless a run is resumed."""
+
     def after_step(self, step: int) -> None:
         """Told after every optimiser step; `step` counts from 1."""
 
-    def save(self, directory: str | os.PathLike) -> None:
-        """Write into a checkpoint what a resumed run cannot reconstruct."""
+    def save(self, directory: str | os.PathLike, should_save: bool) -> None:
+        """Write into a checkpoint what a resumed run cannot reconstruct. Every rank calls it, `should_save` writes."""
 
     def load(self, directory: str | os.PathLike) -> None:
         """Read what `save` wrote."""
 
 
 class ModelPrior(Prior):
-    """Another model: the reference model, or teacher. `model` is the prepared wrapper of `causal_model`."""
+    """Another model: a reference model, a teacher, or a frozen copy. `model` is `causal_model` in its wrapper."""
 
-    description = "the reference model"
-
-    def __init__(self, model: nn.Module, causal_model: PreTrainedModel):
-        self.model, self.causal_model = model, causal_model
+    def __init__(self, model: nn.Module, causal_model: PreTrainedModel, description: str = "the reference model"):
+        self.model, self.causal_model, self.description = model, causal_model, description
 
     def states(self, inputs: Mapping[str, Any]) -> PriorStates:
         with torch.no_grad():
             hidden = self.model(**inputs, final_hidden=True).last_hidden_state
-        return PriorStates(hidden, head_of(self.causal_model))
+        reshard(self.causal_model)
+        return PriorStates(hidden, partial(head_of, self.causal_model))
 
 
 class AdapterOffPrior(Prior):
@@ -94,144 +93,14 @@ class AdapterOffPrior(Prior):
         self.model = model
 
     def states(self, inputs: Mapping[str, Any]) -> PriorStates:
-        with _inference(self.model), self.model.disable_adapter():
-            hidden = self.model(**inputs, final_hidden=True).last_hidden_state
-            return PriorStates(hidden, head_of(base_model_of(self.model)))
+        causal_model = base_model_of(self.model)
+        with inference(self.model), self.model.disable_adapter():
+            # The backbone: the PEFT wrapper's forward would put the virtual tokens of prompt learning before the text.
+            hidden = causal_model.base_model(**dict(inputs, use_cache=False)).last_hidden_state
+            head = head_of(causal_model)
+        return PriorStates(hidden, lambda: head)
 
-
-class SnapshotPrior(Prior):
-    """The policy's own model with other values for its trainable parameters: those of an earlier moment.
-
-    Only trainable parameters are copied: for full fine-tuning a second set of weights, under PEFT the adapters alone.
-    Their values are exchanged for the time of one forward pass. A parameter must not become trainable later.
-
-    Args:
-        model: the policy.
-        sync_steps: optimiser steps between two syncs; None keeps the starting weights forever.
-        decay: share of the old value that a sync keeps; None or 0 copies.
-    """
-
-    def __init__(self, model: nn.Module, sync_steps: int | None = None, decay: float | None = None):
-        self.model, self.sync_steps, self.decay = model, sync_steps, decay
-        # Small steps of a moving average would be lost in a half-precision value.
-        dtypes = {torch.float16: torch.float32, torch.bfloat16: torch.float32} if decay else {}
-        self.values = {
-            name: value.detach().to(dtypes.get(value.dtype, value.dtype), copy=True)
-            for name, value in self._trainable()
-        }
-        if sync_steps is None:
-            self.description = "the starting weights (a frozen copy)"
-        else:
-            average = f", moving average with decay {decay}" if decay else ""
-            self.description = f"the policy's own weights, synced every {sync_steps} optimiser steps{average}"
-
-    def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
-
-    @contextmanager
-    def _exchanged(self) -> Iterator[None]:
-        live = {name: parameter.data for name, parameter in self._trainable()}
-        try:
-            for name, parameter in self._trainable():
-                parameter.data = self.values[name].to(parameter.dtype)
-            yield
-        finally:
-            for name, parameter in self._trainable():
-                parameter.data = live[name]
-
-    def states(self, inputs: Mapping[str, Any]) -> PriorStates:
-        with _inference(self.model), self._exchanged():
-            hidden = self.model(**inputs, final_hidden=True).last_hidden_state
-            # Detached inside: the head then keeps the snapshot's values when the live ones return.
-            return PriorStates(hidden, head_of(base_model_of(self.model)).detach())
-
-    @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        if self.sync_steps is None or step % self.sync_steps:
-            return
-        for name, parameter in self._trainable():
-            value = self.values[name]
-            value.lerp_(parameter.detach().to(value.dtype), 1 - (self.decay or 0.0))
-
-    def save(self, directory: str | os.PathLike) -> None:
-        if self.sync_steps is None:  # starting weights: a resumed run starts from the same ones
-            return
-        path = Path(directory) / STATE_NAME
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({name: value.contiguous() for name, value in self.values.items()}, partial)
-        os.replace(partial, path)
-
-    def load(self, directory: str | os.PathLike) -> None:
-        if self.sync_steps is None:
-            return
-        path = Path(directory) / STATE_NAME
-        if not path.is_file():
-            raise ValueError(
-                f"`resume_from_checkpoint` has no `{STATE_NAME}`, the weights of the lagged prior: {directory} was "
-                "written with another prior. Resume with the prior it was written with, or start a new run from it."
-            )
-        saved: dict[str, Tensor] = load_file(path)
-        if saved.keys() != self.values.keys():
-            raise ValueError(
-                f"`{path}` holds other parameters than those being trained: resume with the same model and adapters."
-            )
-        for name, value in saved.items():
-            self.values[name].copy_(value)
-
-
-class SyncPriorCallback(TrainerCallback):
-    """Tells a prior about every optimiser step."""
-
-    def __init__(self, prior: Prior):
-        self.prior = prior
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.prior.after_step(state.global_step)
-
-
-def check_reference(config: QTargetConfig, model: Any, ref_model: Any) -> None:
-    """Raise early, before any data is prepared, where the configuration and `ref_model` do not fit together."""
-    models = [base_model_of(each) for each in (model, ref_model) if isinstance(each, nn.Module)]
-    if len(models) == 2 and models[0] is models[1]:
-        raise ValueError(
-            "`ref_model` is the model being trained, so it would move with it: pass a second instance or a path, or "
-            "`ref_model=None` with `prior='base'` for the starting weights."
-        )
-    if ref_model is None and config.prior_source == "model":
-        raise ValueError(
-            f"{config.label} needs a reference model and `ref_model` is None: pass a path or a loaded model, or "
-            "choose `prior='base'` or `prior='lagged'`."
-        )
-
-
-def uses_reference(config: QTargetConfig) -> bool:
-    """Whether a given reference model would serve as the prior."""
-    return config.objective(has_prior=True).uses_prior and config.prior_source != "lagged"
-
-
-def prepare_reference(ref_model: PreTrainedModel, policy: nn.Module) -> None:
-    """Freeze a reference model and teach it to hand out hidden states."""
-    causal_model = base_model_of(ref_model)
-    check_vocabulary(
-        "ref_model",
-        causal_model.get_output_embeddings().weight.size(0),
-        base_model_of(policy).get_output_embeddings().weight.size(0),
-    )
-    ref_model.requires_grad_(False)
-    ref_model.eval()
-    add_target_head(causal_model)
-
-
-def own_prior(config: QTargetConfig, model: nn.Module) -> Prior | None:
-    """The prior that the policy's own model can give; None where it is the policy itself, or none is needed.
-
-    `prior="auto"` without a reference model is the base under PEFT and else the policy.
-    """
-    if not config.objective(has_prior=True).uses_prior:
-        return None
-    source = config.prior_source
-    if source == "lagged":
-        return SnapshotPrior(model, config.sync_steps, config.prior_sync_decay)
-    if is_peft_model(model):
-        return AdapterOffPrior(model)
-    return SnapshotPrior(model) if source == "base" else None
+    def request(self, inputs: Mapping[str, Any]) -> Callable[[], PriorStates]:
+        # It runs within the policy's forward. So ZeRO-3 sees one pass whose order of modules never changes: a pass of
+        # its own would invalidate the recorded order, and with it the prefetching, in every step.
+        return partial(self.states, inputs)

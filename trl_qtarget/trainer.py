@@ -8,27 +8,19 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
-from trl.models.utils import prepare_deepspeed, prepare_fsdp
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import create_model_from_path
 
 from .config import QTargetConfig
 from .data import SEQUENCES_KEY, WEIGHTS_KEY, TokenColumnCollator, TokenColumns, check_column, prepare_with_columns
 from .head import QTargetOutput, TargetRequest, add_target_head
+from .lagged import LaggedPrior, PriorCallback
 from .linear import LinearQTargetOutput
-from .priors import (
-    ModelPrior,
-    Prior,
-    SyncPriorCallback,
-    base_model_of,
-    check_reference,
-    own_prior,
-    prepare_reference,
-    uses_reference,
-)
+from .priors import AdapterOffPrior, Prior, base_model_of
+from .references import check_reference, load_reference, reference_prior, starting_copy, uses_reference
 
 
 logger = get_logger(__name__)
@@ -97,9 +89,9 @@ class QTargetSFTTrainer(SFTTrainer):
         if ref_model is not None and not uses_reference(config):
             logger.warning(f"`ref_model` is not used by {config.label} and was left alone.")
             ref_model = None
-        prior = own_prior(config, self.model) if ref_model is None else self._reference_prior(ref_model)
+        prior = self._make_prior(ref_model)
         if prior is not None:
-            self.add_callback(SyncPriorCallback(prior))
+            self.add_callback(PriorCallback(prior))
             logger.info(f"{config.label}: the prior is {prior.description}.")
         elif config.prior == "auto" and config.objective(has_prior=True).uses_prior:
             logger.warning(
@@ -108,24 +100,23 @@ class QTargetSFTTrainer(SFTTrainer):
             )
         return prior
 
-    def _reference_prior(self, ref_model: "str | PreTrainedModel") -> Prior:
+    def _make_prior(self, ref_model: "str | PreTrainedModel | None") -> Prior | None:
+        """The prior that the configuration names; None where it is the policy itself, or none is needed."""
+        config = self.qtarget_config
+        if not config.objective(has_prior=True).uses_prior:
+            return None
         if isinstance(ref_model, str):
-            options = {"dtype": self.model.dtype, "trust_remote_code": self.args.trust_remote_code}
-            options |= self.args.model_init_kwargs or {}
-            for of_the_policy_alone in ("quantization_config", "revision"):
-                options.pop(of_the_policy_alone, None)
-            if self.accelerator.num_processes > 1:
-                options["device_map"] = None
-            ref_model = create_model_from_path(ref_model, **options)
-        prepare_reference(ref_model, self.model)
-        causal_model = base_model_of(ref_model)
-        if self.is_deepspeed_enabled:
-            prepared = prepare_deepspeed(ref_model, self.accelerator)
-        elif self.is_fsdp_enabled:
-            prepared = prepare_fsdp(ref_model, self.accelerator)
-        else:
-            prepared = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
-        return ModelPrior(prepared, causal_model)
+            ref_model = load_reference(ref_model, self.model, self.args, self.accelerator)
+        if ref_model is not None:
+            return reference_prior(ref_model, self.model, self.accelerator)
+        if config.prior_source == "lagged":
+            return LaggedPrior(self.model, lambda: self.model_wrapped, config.sync_steps, config.prior_sync_decay)
+        if is_peft_model(self.model):
+            return AdapterOffPrior(self.model)
+        if config.prior_source == "base":
+            copy = starting_copy(self.model, self.accelerator)
+            return reference_prior(copy, self.model, self.accelerator, "the starting weights (a frozen copy)")
+        return None
 
     # --- data ---
 
@@ -176,7 +167,7 @@ class QTargetSFTTrainer(SFTTrainer):
             sequences = _sequences_of(inputs)
         prior = None
         if self._prior is not None:
-            prior = self._prior.states({key: value for key, value in inputs.items() if key not in _POLICY_ALONE})
+            prior = self._prior.request({key: value for key, value in inputs.items() if key not in _POLICY_ALONE})
         return TargetRequest(self._objective, prior, weights, sequences, self.qtarget_config.chunk_tokens)
 
     def _scaled(self, outputs: QTargetOutput, num_items_in_batch: Tensor | int | None) -> Tensor:
@@ -231,8 +222,8 @@ class QTargetSFTTrainer(SFTTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self._prior is not None and self.args.should_save:
-            self._prior.save(output_dir)
+        if self._prior is not None:
+            self._prior.save(output_dir, self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -1,0 +1,173 @@
+"""One training run of the parity matrix, on any number of processes: `python cells.py cells.json results/`.
+
+The same global batches reach every backend: rows are taken in order, and what a backend repeats to fill its last batch
+is in the one-process run's dataset too.
+"""
+
+import json
+import os
+import sys
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tiny
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+from training import sft_config, warm_model
+from transformers import PrinterCallback, TrainerCallback
+
+from trl_qtarget import QTargetConfig, QTargetSFTTrainer
+from trl_qtarget.shards import gather, share
+
+
+GLOBAL_BATCH = 4
+_ROWS = 22  # not a multiple of the batch
+_REPEATED = -_ROWS % GLOBAL_BATCH
+_EVALUATED = ("target/nll", "target/trust", "target/label_mass", "entropy")
+_LOGGED = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "target/nll", "target/trust", "target/label_mass")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Which target, from which prior, trained in full or with LoRA; `options` go to the SFTConfig."""
+
+    method: str
+    prior: str = "auto"
+    peft: bool = False
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    name: str = ""
+
+    def __str__(self) -> str:
+        kind = "-lora" if self.peft else ""
+        return self.name or f"{self.method}-{self.prior}{kind}"
+
+
+@dataclass
+class Result:
+    """What a run leaves behind: its log lines, its whole trained weights, and what a rank held of the prior."""
+
+    logs: list[dict[str, float]]
+    weights: dict[str, Tensor] = field(repr=False)
+    facts: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        save_file(self.weights, path.with_suffix(".safetensors"))
+        path.with_suffix(".json").write_text(json.dumps({"logs": self.logs, "facts": self.facts}))
+
+    @classmethod
+    def load(cls, path: Path) -> "Result":
+        if path.with_suffix(".error").exists():
+            raise RuntimeError(path.with_suffix(".error").read_text())
+        values = json.loads(path.with_suffix(".json").read_text())
+        return cls(values["logs"], load_file(path.with_suffix(".safetensors")), values["facts"])
+
+
+def rows(repeated: int = 0) -> Dataset:
+    """Texts of very different lengths; in rows 6 and 7, the batch of one rank, no token is predicted."""
+    texts = tiny.sentences(_ROWS, seed=3, longest=20)
+    ids = tiny.tokenizer()([text + "<eos>" for text in texts])["input_ids"]
+    # TRL drops a row without any label; the first token is a label that nothing comes before.
+    labels = [[row[0]] + [-100] * (len(row) - 1) if number in (6, 7) else row for number, row in enumerate(ids)]
+    order = [*range(_ROWS), *range(repeated)]
+    return Dataset.from_dict({"input_ids": [ids[i] for i in order], "labels": [labels[i] for i in order]})
+
+
+class InOrder(QTargetSFTTrainer):
+    """Takes the rows as they come, so that the global batches are the same on any number of processes."""
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return SequentialSampler(self.train_dataset)
+
+
+class _Watch(TrainerCallback):
+    """Facts that only a running job can tell."""
+
+    def __init__(self):
+        self.facts: dict[str, Any] = {}
+        self.trainer: QTargetSFTTrainer | None = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        offload = getattr(getattr(self.trainer.model_wrapped, "optimizer", None), "parameter_offload", None)
+        if offload is not None:
+            self.facts["trace_complete"] = offload.get_param_coordinator().is_complete_trace()
+        prior = self.trainer._prior
+        if hasattr(prior, "causal_model"):
+            self.facts["prior_held"] = sum(share(value).numel() for value in prior.causal_model.parameters())
+        if hasattr(prior, "parts"):
+            self.facts["prior_held"] = sum(part.numel() for part in prior.parts.values())
+
+
+def make(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOrder) -> QTargetSFTTrainer:
+    """The trainer of a cell; one process gets the rows that more would repeat."""
+    peft = None
+    if cell.peft:
+        peft = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    options = {
+        "per_device_train_batch_size": GLOBAL_BATCH // processes,
+        "per_device_eval_batch_size": GLOBAL_BATCH // processes,
+        "num_train_epochs": 1,
+        "max_steps": -1,
+        "learning_rate": 0.2,
+        "seed": 0,
+    }
+    trainer = trainer_class(
+        warm_model(),
+        sft_config(output_dir, **options | cell.options),
+        train_dataset=rows(_REPEATED if processes == 1 else 0),
+        eval_dataset=rows(_REPEATED),
+        processing_class=tiny.tokenizer(),
+        qtarget_config=QTargetConfig(
+            cell.method, prior=cell.prior, prior_sync_steps=2 if cell.prior == "lagged" else None
+        ),
+        ref_model=warm_model(steps=12) if cell.prior == "model" else None,
+        peft_config=peft,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def result_of(trainer: QTargetSFTTrainer, facts: dict[str, Any] | None = None) -> Result:
+    """What a trained trainer leaves behind. Every rank has to call it."""
+    history = trainer.state.log_history
+    logs = [{name: line[name] for name in _LOGGED} for line in history if "loss" in line]
+    logs += [{name: line[f"eval_{name}"] for name in _EVALUATED} for line in history if "eval_loss" in line]
+    trained = ((name, value) for name, value in trainer.model.named_parameters() if value.requires_grad)
+    weights = {name: gather(value, share(value)).cpu().clone() for name, value in trained}
+    return Result(logs, weights, facts or {})
+
+
+def run(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOrder) -> Result:
+    """Train a cell in this process, or in this rank of several, and evaluate it."""
+    AcceleratorState._reset_state(reset_partial_state=False)
+    trainer = make(cell, output_dir, processes, trainer_class)
+    watch = _Watch()
+    watch.trainer = trainer
+    trainer.add_callback(watch)
+    trainer.train()
+    trainer.evaluate()
+    return result_of(trainer, watch.facts)
+
+
+def main(cells_file: str, results: str, trainer_class: type = InOrder) -> None:
+    """Run the cells of a file, as every rank does; rank 0 writes what came out."""
+    folder, rank, processes = Path(results), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for values in json.loads(Path(cells_file).read_text()):
+        cell = Cell(**values)
+        path = folder / str(cell)
+        try:
+            result = run(cell, str(folder / "out"), processes, trainer_class)
+            if rank == 0:
+                result.save(path)
+        except Exception:
+            path.with_suffix(".error").write_text(traceback.format_exc())
+            raise
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,101 @@
+"""Start real jobs of several processes on this machine."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from cells import Cell
+
+
+_HERE = Path(__file__).parent
+_TIMEOUT = 540
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+def environment() -> dict[str, str]:
+    """Of a job on CPU processes: one thread each, this checkout's package, no progress bars."""
+    paths = [str(_HERE.parent), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "OMP_NUM_THREADS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def torchrun(processes: int = 2) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    return [*command, "--master_port", str(free_port())]
+
+
+def accelerate_launch(folder: Path, stage: int, partition_everything: bool = False, processes: int = 2) -> list[str]:
+    """`accelerate launch` with ZeRO on CPU processes.
+
+    By default ZeRO-3 keeps small parameters whole; `partition_everything` takes even those apart, and prefetches.
+    """
+    settings = {"zero_stage": stage, "zero3_init_flag": False}
+    if partition_everything:
+        zero = {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": 10_000,
+            "stage3_max_live_parameters": 20_000,
+            "stage3_max_reuse_distance": 20_000,
+        }
+        automatic = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
+        deepspeed = {"zero_optimization": zero, "gradient_clipping": "auto"} | dict.fromkeys(automatic, "auto")
+        file = folder / "deepspeed.json"
+        file.write_text(json.dumps(deepspeed))
+        settings = {"deepspeed_config_file": str(file), "zero3_init_flag": False}
+    config = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": settings,
+        "num_machines": 1,
+        "num_processes": processes,
+        "use_cpu": True,
+    }
+    if not partition_everything:  # with a DeepSpeed file it would be said twice
+        config["mixed_precision"] = "no"
+    file = folder / "accelerate.json"
+    file.write_text(json.dumps(config))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    return [*command, "--main_process_port", str(free_port())]
+
+
+def launcher(backend: str, folder: Path) -> list[str]:
+    """Command of a backend, up to and with the script that runs cells."""
+    if backend in ("ddp", "fsdp2"):
+        return [*torchrun(), str(_HERE / ("fsdp2.py" if backend == "fsdp2" else "cells.py"))]
+    stage, partition = int(backend[4]), backend.endswith("partitioned")
+    return [*accelerate_launch(folder, stage, partition), str(_HERE / "cells.py")]
+
+
+def start(command: Sequence[str], log: Path) -> subprocess.Popen:
+    """Start a job whose output goes to a file, in a process group of its own."""
+    with log.open("w") as output:
+        return subprocess.Popen(command, stdout=output, stderr=output, env=environment(), start_new_session=True)
+
+
+def run_cells(backend: str, cells: Sequence[Cell], folder: Path) -> None:
+    """Run cells one after another in one job of two processes; what came out is in `folder`."""
+    file = folder / "cells.json"
+    file.write_text(json.dumps([asdict(cell) for cell in cells]))
+    log = folder / "log.txt"
+    job = start([*launcher(backend, folder), str(file), str(folder)], log)
+    try:
+        job.wait(_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, 9)
+        raise RuntimeError(f"{backend} hung: {log.read_text()[-4000:]}") from None
