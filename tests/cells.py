@@ -35,13 +35,17 @@ _LOGGED = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "target/nll", 
 
 @dataclass(frozen=True)
 class Cell:
-    """Which target, from which prior, trained in full or with LoRA; `options` go to the SFTConfig."""
+    """Which target, from which prior, trained in full or with LoRA; `options` go to the SFTConfig.
+
+    `fills` says whether several processes repeat rows to fill the last batch, as they do without accumulation.
+    """
 
     method: str
     prior: str = "auto"
     peft: bool = False
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     name: str = ""
+    fills: bool = True
 
     def __str__(self) -> str:
         kind = "-lora" if self.peft else ""
@@ -119,7 +123,7 @@ def make(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOr
     trainer = trainer_class(
         warm_model(),
         sft_config(output_dir, **options | cell.options),
-        train_dataset=rows(_REPEATED if processes == 1 else 0),
+        train_dataset=rows(_REPEATED if processes == 1 and cell.fills else 0),
         eval_dataset=rows(_REPEATED),
         processing_class=tiny.tokenizer(),
         qtarget_config=QTargetConfig(

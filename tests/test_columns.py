@@ -19,6 +19,7 @@ from training import (
     worst,
 )
 from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trl_qtarget import QTargetConfig, QTargetSFTTrainer
 
@@ -280,3 +281,47 @@ def test_custom_collator_with_weights():
     trainer = cft_trainer(dataset(), data_collator=PlainCollator(True))
     check_equals_dense(trainer)
     trainer.train()
+
+
+class HidingCollator(DataCollatorForLanguageModeling):
+    """The user's own rules on top of TRL's collator."""
+
+    def torch_call(self, examples):
+        batch = super().torch_call(examples)
+        batch["labels"][:, :3] = -100
+        return batch | {"token_weights": weight_of(batch["input_ids"])}
+
+
+def test_custom_collator_derived_from_that_of_trl_is_left_alone():
+    trainer = cft_trainer(dataset(), data_collator=HidingCollator(pad_token_id=0))
+    batch = first_batch(trainer)
+    assert (batch["labels"][:, :3] == -100).all() and (batch["labels"][:, 3] != -100).any()
+    check_equals_dense(trainer)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights[:, :-1], r"`data_collator` gave `token_weights` of shape \[4, \d+\] for `labels`"),
+        (lambda weights: torch.cat([weights, weights], 1), "return one entry per label"),
+        (lambda weights: weights[:1], r"`data_collator` gave `token_weights` of shape \[1, \d+\]"),
+        (lambda weights: -weights - 1, "with a weight that is negative, NaN or infinite"),
+        (lambda weights: weights * torch.nan, "with a weight that is negative, NaN or infinite"),
+    ],
+    ids=["short", "long", "one_row", "negative", "nan"],
+)
+def test_weights_of_a_custom_collator_are_checked(change, message):
+    class Wrong(PlainCollator):
+        def __call__(self, examples):
+            batch = super().__call__(examples)
+            return batch | {"token_weights": change(batch["token_weights"])}
+
+    with pytest.raises(ValueError, match=message):
+        cft_trainer(dataset(), data_collator=Wrong(True)).train()
+
+
+@pytest.mark.parametrize("values", [[1.0] * 24, ["high"] * 24, [["high"]] * 24], ids=["scalars", "text", "texts"])
+def test_weights_that_are_no_list_of_numbers(values):
+    data = tiny.text_dataset(24).add_column("token_weights", values)
+    with pytest.raises(ValueError, match="`token_weights` of example 0 is not a list of numbers"):
+        cft_trainer(data)

@@ -85,8 +85,9 @@ def test_trl_trainer_does_not_declare_how_its_loss_is_scaled():
     assert trainer.model_accepts_loss_kwargs
 
 
-def test_trl_metrics_are_lists_that_log_averages_and_clears():
-    trainer = sft_trainer(steps=1)
+@pytest.mark.parametrize("cls", [SFTTrainer, QTargetSFTTrainer])
+def test_trl_metrics_are_lists_that_log_averages_and_clears(cls):
+    trainer = make_trainer(cls, tiny.text_dataset(), warm_model(), steps=1)
     trainer.model.train()
     trainer._metrics["train"]["mine"] = [1.0, 2.0]
     trainer.log({"loss": 1.0})

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
-from training import Run, train, warm_model
+from training import Run, make_trainer, train, warm_model
 from trl import SFTTrainer
 
 from trl_qtarget import QTargetSFTTrainer
@@ -129,3 +129,16 @@ def test_evaluation_between_log_lines_equals_trl():
     check_same_logs(ours.steps, theirs.steps, EVERY_STEP)
     check_same_logs(ours.evaluations, theirs.evaluations, ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"))
     check_same_logs(ours.evaluations, theirs.evaluations, ("eval_num_tokens",))
+
+
+def test_prediction_leaves_the_next_evaluation_alone():
+    trainer = make_trainer(
+        QTargetSFTTrainer,
+        tiny.text_dataset(),
+        warm_model(),
+        qtarget_config="sft",
+        eval_dataset=tiny.text_dataset(8, 5),
+    )
+    before = trainer.evaluate()["eval_target/nll"]
+    trainer.predict(trainer.train_dataset)
+    assert trainer.evaluate()["eval_target/nll"] == before

@@ -193,6 +193,11 @@ def test_model_prior_with_adapters():
     check_equals_dense(run.trainer, same)
 
 
+def test_reference_model_instead_of_the_named_base_is_told(logged):
+    train_target(BASE, ref_model=other_model(), steps=1)
+    assert any("`prior='base'` is overridden" in message for message in logged())
+
+
 def test_unused_reference_model_is_told(logged):
     reference = other_model()
     run = train_target("sft", ref_model=reference, steps=1)

@@ -103,7 +103,22 @@ def test_reference_model_of_another_vocabulary_by_path(tmp_path):
     refused("`ref_model` has a vocabulary of 330", ref_model=str(tmp_path), method="distill")
 
 
+def test_reference_model_of_another_kind():
+    refused("`ref_model` must be a path or a loaded model, got `int`", ref_model=3)
+
+
 # --- PEFT ---
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_adapter_that_takes_from_the_base_is_no_base_prior(init):
+    peft = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=init)
+    refused(f"`init_lora_weights='{init}'` of the adapter 'default' moves a part of the base", peft_config=peft)
+    data = tiny.text_dataset(4)
+    make_trainer(
+        QTargetSFTTrainer, data, warm_model(), qtarget_config="asft", ref_model=warm_model(), peft_config=peft
+    )
+    make_trainer(QTargetSFTTrainer, data, warm_model(), qtarget_config="psft", peft_config=peft)
 
 
 @pytest.mark.parametrize("method", ["sft", "asft"])

@@ -1,6 +1,7 @@
 """A run that resumes goes on as if it had never stopped, and checkpoints say toward which target they were trained."""
 
 import json
+from pathlib import Path
 
 import pytest
 import tiny
@@ -27,7 +28,7 @@ CASES = {
 }
 
 
-def run(directory, resume=None, **arguments) -> Run:
+def run(directory, resume=None, allow_new_target=False, **arguments) -> Run:
     """Six steps with a checkpoint after the third, or the last three of them."""
     if arguments["qtarget_config"] == "distill":
         arguments["ref_model"] = warm_model(steps=12)
@@ -41,7 +42,8 @@ def run(directory, resume=None, **arguments) -> Run:
         **arguments,
     )
     result = Run(trainer, trainable(trainer.model))
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    resume = str(resume) if isinstance(resume, Path) else resume
+    trainer.train(resume_from_checkpoint=resume, allow_new_target=allow_new_target)
     return result
 
 
@@ -90,9 +92,56 @@ def test_checkpoints_and_saved_models_hold_the_config(peft, tmp_path):
     assert not [path for path in tmp_path.rglob(".*") if "qtarget" in path.name]
 
 
-def test_checkpoint_of_another_method_resumes(tmp_path):
-    """The target is what the new trainer says: a run may go on toward another one."""
+# --- which checkpoint ---
+
+
+def test_resume_toward_another_target_is_refused_unless_said(tmp_path):
     run(tmp_path, qtarget_config="sft")
-    resumed = run(tmp_path / "resumed", resume=tmp_path / "checkpoint-3", qtarget_config="dft")
+    checkpoint = tmp_path / "checkpoint-3"
+    with pytest.raises(
+        ValueError, match=r"`qtarget_config` \(`method='dft'`\) is not the target .*`method='sft'`"
+    ) as error:
+        run(tmp_path / "resumed", resume=checkpoint, qtarget_config="dft")
+    assert "differ in method" in str(error.value) and "allow_new_target=True" in str(error.value)
+    resumed = run(tmp_path / "resumed", resume=checkpoint, allow_new_target=True, qtarget_config="dft")
     assert QTargetConfig.from_pretrained(tmp_path / "resumed" / "checkpoint-6") == QTargetConfig("dft")
     assert len(resumed.steps) == 6
+
+
+def test_resume_with_another_knob_is_refused(tmp_path):
+    run(tmp_path, qtarget_config=QTargetConfig("beyond_log", alpha=0.5))
+    with pytest.raises(ValueError, match="they differ in alpha"):
+        run(tmp_path, resume=tmp_path / "checkpoint-3", qtarget_config="beyond_log")
+
+
+def test_resume_with_the_same_target_in_other_words(tmp_path):
+    run(tmp_path, qtarget_config=QTargetConfig("beyond_log", alpha=1.0))
+    same = QTargetConfig("beyond_log", chunk_tokens=5)
+    assert len(run(tmp_path, resume=tmp_path / "checkpoint-3", qtarget_config=same).steps) == 6
+
+
+def test_resume_from_a_checkpoint_of_plain_sft(tmp_path):
+    run(tmp_path, qtarget_config="sft")
+    (tmp_path / "checkpoint-3" / CONFIG).unlink()
+    assert len(run(tmp_path, resume=tmp_path / "checkpoint-3", qtarget_config="dft").steps) == 6
+
+
+@pytest.mark.parametrize("text", [None, '{"global_step": 6, "log_his'], ids=["missing", "half"])
+def test_resume_passes_over_an_interrupted_checkpoint(text, tmp_path):
+    run(tmp_path, qtarget_config="sft")
+    state = tmp_path / "checkpoint-6" / "trainer_state.json"
+    state.unlink() if text is None else state.write_text(text)
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint` names an interrupted checkpoint"):
+        run(tmp_path, resume=tmp_path / "checkpoint-6", qtarget_config="sft")
+    resumed = run(tmp_path, resume=True, qtarget_config="sft")
+    assert resumed.trainer._initial_global_step == 3 and len(resumed.steps) == 6
+
+
+def test_resume_without_a_whole_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`resume_from_checkpoint=True` finds no whole checkpoint"):
+        run(tmp_path, resume=True, qtarget_config="sft")
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match="1 were interrupted while they were written"):
+        run(tmp_path, resume=True, qtarget_config="sft")
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` names no folder"):
+        run(tmp_path, resume=tmp_path / "nowhere", qtarget_config="sft")

@@ -192,6 +192,20 @@ class QTargetConfig:
         """Whether the dataset has to bring a weight per token."""
         return any(design.uses_token_weights for design in designs_of(self.row, self.trust, self.residual))
 
+    @property
+    def target(self) -> dict[str, Any]:
+        """All that decides the loss, with defaults filled in: equal for configurations that mean the same target."""
+        lagged = self.prior_source == "lagged"
+        return {
+            "method": self.method,
+            "trust": self.trust,
+            "residual": self.residual,
+            **self.knobs,
+            "prior": self.prior_source,
+            "prior_sync_steps": self.sync_steps if lagged else None,
+            "prior_sync_decay": (self.prior_sync_decay or 0.0) if lagged else None,
+        }
+
     def objective(self, has_prior: bool) -> Objective:
         """The objective with every knob set.
 

@@ -49,9 +49,30 @@ def check_column(column: str, datasets: dict[str, Any]) -> None:
             )
 
 
+def check_batch(key: str, values: Any, labels: Tensor, label: str) -> None:
+    """Raise unless a batch brings one entry per label, and no weight that is negative, NaN or infinite."""
+    if values is None:
+        raise ValueError(
+            f"`data_collator` gave a batch without `{key}`, which {label} needs: return a float tensor of the shape "
+            "of `labels` under that key."
+        )
+    if values.shape != labels.shape:
+        raise ValueError(
+            f"`data_collator` gave `{key}` of shape {list(values.shape)} for `labels` of shape {list(labels.shape)}: "
+            "return one entry per label."
+        )
+    if values.dtype.is_floating_point and not (torch.isfinite(values) & (values >= 0)).all():
+        raise ValueError(f"`data_collator` gave `{key}` with a weight that is negative, NaN or infinite: use >= 0.")
+
+
 def check_weights(weights: Any, tokens: int, column: str, row: Any) -> list[float]:
     """The weights of one example as floats, if there is one per token, finite and not negative."""
-    weights = [math.nan if weight is None else float(weight) for weight in (weights if weights is not None else [])]
+    try:
+        weights = [
+            math.nan if weight is None else float(weight) for weight in (weights if weights is not None else [])
+        ]
+    except (TypeError, ValueError):
+        raise ValueError(f"`{column}` of example {row} is not a list of numbers: give one weight per token.") from None
     if len(weights) != tokens:
         raise ValueError(
             f"`{column}` of example {row} has {len(weights)} weights for {tokens} tokens: give one weight per token "

@@ -19,8 +19,14 @@ from .priors import ModelPrior, base_model_of
 from .shards import in_zero3, whole_shape
 
 
+# Of PEFT's LoRA: what each puts into the adapter, it takes from the weights.
+_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
 def check_reference(config: QTargetConfig, model: Any, ref_model: Any) -> None:
     """Raise early, before any data is prepared, where the configuration and `ref_model` do not fit together."""
+    if not isinstance(ref_model, str | nn.Module | None):
+        raise ValueError(f"`ref_model` must be a path or a loaded model, got `{type(ref_model).__name__}`.")
     models = [base_model_of(each) for each in (model, ref_model) if isinstance(each, nn.Module)]
     if len(models) == 2 and models[0] is models[1]:
         raise ValueError(
@@ -37,6 +43,18 @@ def check_reference(config: QTargetConfig, model: Any, ref_model: Any) -> None:
 def uses_reference(config: QTargetConfig) -> bool:
     """Whether a given reference model would serve as the prior."""
     return config.objective(has_prior=True).uses_prior and config.prior_source != "lagged"
+
+
+def check_base(model: nn.Module) -> None:
+    """Raise where the weights under a PEFT adapter are not those of a model of their own."""
+    for name, config in model.peft_config.items():
+        init = getattr(config, "init_lora_weights", True)
+        if isinstance(init, str) and init.startswith(_INITS_THAT_CHANGE_THE_BASE):
+            raise ValueError(
+                f"`init_lora_weights={init!r}` of the adapter {name!r} moves a part of the base weights into the "
+                "adapter, so the model without it is not the base model: pass the base model's path as `ref_model`, "
+                "or choose another initialisation, or `prior='policy'`."
+            )
 
 
 def load_reference(path: str, policy: PreTrainedModel, args: SFTConfig, accelerator: Accelerator) -> PreTrainedModel:

@@ -14,13 +14,22 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .checkpoints import check_checkpoint, last_whole_checkpoint
 from .config import QTargetConfig
-from .data import SEQUENCES_KEY, WEIGHTS_KEY, TokenColumnCollator, TokenColumns, check_column, prepare_with_columns
+from .data import (
+    SEQUENCES_KEY,
+    WEIGHTS_KEY,
+    TokenColumnCollator,
+    TokenColumns,
+    check_batch,
+    check_column,
+    prepare_with_columns,
+)
 from .head import QTargetOutput, TargetRequest, add_target_head
 from .lagged import LaggedPrior, PriorCallback
 from .linear import LinearQTargetOutput
 from .priors import AdapterOffPrior, Prior, base_model_of
-from .references import check_reference, load_reference, reference_prior, starting_copy, uses_reference
+from .references import check_base, check_reference, load_reference, reference_prior, starting_copy, uses_reference
 
 
 logger = get_logger(__name__)
@@ -76,7 +85,8 @@ class QTargetSFTTrainer(SFTTrainer):
         super().__init__(model, args, *sft_args, **sft_kwargs)
 
         _refuse_sequence_parallelism(self.accelerator.parallelism_config)
-        if self._token_columns and isinstance(self.data_collator, DataCollatorForLanguageModeling):
+        # A subclass of it is the user's own, and left alone.
+        if self._token_columns and type(self.data_collator) is DataCollatorForLanguageModeling:
             self.data_collator = TokenColumnCollator.extending(self.data_collator, self._token_columns)
         add_target_head(base_model_of(self.model))
         self._prior = self._choose_prior(ref_model)
@@ -89,6 +99,8 @@ class QTargetSFTTrainer(SFTTrainer):
         if ref_model is not None and not uses_reference(config):
             logger.warning(f"`ref_model` is not used by {config.label} and was left alone.")
             ref_model = None
+        if ref_model is not None and config.prior == "base":
+            logger.warning("`prior='base'` is overridden: the given `ref_model` is the prior.")
         prior = self._make_prior(ref_model)
         if prior is not None:
             self.add_callback(PriorCallback(prior))
@@ -112,6 +124,7 @@ class QTargetSFTTrainer(SFTTrainer):
         if config.prior_source == "lagged":
             return LaggedPrior(self.model, lambda: self.model_wrapped, config.sync_steps, config.prior_sync_decay)
         if is_peft_model(self.model):
+            check_base(self.model)
             return AdapterOffPrior(self.model)
         if config.prior_source == "base":
             copy = starting_copy(self.model, self.accelerator)
@@ -158,13 +171,11 @@ class QTargetSFTTrainer(SFTTrainer):
     def _request(self, inputs: dict[str, Any]) -> TargetRequest:
         """What the loss needs beside the model's inputs; takes its own columns out of them."""
         weights, sequences = inputs.pop(WEIGHTS_KEY, None), inputs.pop(SEQUENCES_KEY, None)
-        if self._objective.trust.uses_token_weights and weights is None:
-            raise ValueError(
-                f"`data_collator` gave a batch without `{WEIGHTS_KEY}`, which {self.qtarget_config.label} needs: "
-                "return a float tensor of the shape of `labels` under that key."
-            )
-        if self._objective.trust.per_sequence and sequences is None:
-            sequences = _sequences_of(inputs)
+        if self._objective.trust.uses_token_weights:
+            check_batch(WEIGHTS_KEY, weights, inputs["labels"], self.qtarget_config.label)
+        if self._objective.trust.per_sequence:
+            sequences = _sequences_of(inputs) if sequences is None else sequences
+            check_batch(SEQUENCES_KEY, sequences, inputs["labels"], self.qtarget_config.label)
         prior = None
         if self._prior is not None:
             prior = self._prior.request({key: value for key, value in inputs.items() if key not in _POLICY_ALONE})
@@ -203,7 +214,7 @@ class QTargetSFTTrainer(SFTTrainer):
         self._total_train_tokens += int(self._new_tokens) // self._tp_size
         self._new_tokens = 0
         for key, values in metrics.items():
-            metrics[key] = torch.stack(values).tolist()
+            metrics[key] = [value.item() if isinstance(value, Tensor) else value for value in values]
         if totals is not None:
             count, _, _, _, *target_sums, kl_count = totals.tolist()
             metrics["num_tokens"] = [self._total_train_tokens]
@@ -213,7 +224,35 @@ class QTargetSFTTrainer(SFTTrainer):
                     metrics[f"target/{name}"] = [total / number]
         super().log(logs, start_time)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self._totals.pop("eval", None)  # `predict` adds to them and logs nothing
+        return super().evaluate(*args, **kwargs)
+
     # --- checkpoints ---
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        allow_new_target: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """`Trainer.train`, which goes on from whole checkpoints only, and only toward their target.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`): a checkpoint; `True` is the last one in `args.output_dir` that
+                was not interrupted while it was written.
+            allow_new_target (`bool`, defaults to `False`): whether to resume although `qtarget_config` differs from
+                the one that the checkpoint was trained toward.
+
+        Raises:
+            ValueError: the checkpoint does not exist, is not whole, or was trained toward another target.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint, self.qtarget_config, allow_new_target)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -224,6 +263,11 @@ class QTargetSFTTrainer(SFTTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self._prior is not None:
             self._prior.save(output_dir, self.args.should_save)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # What follows marks the checkpoint as whole, so every rank has to be done.
+        self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
