@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig
@@ -155,6 +156,11 @@ def run(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOrd
     trainer.add_callback(watch)
     trainer.train()
     trainer.evaluate()
+    saved = sorted(Path(output_dir).glob("checkpoint-*/qtarget_prior.safetensors"))
+    if saved and trainer.args.save_strategy != "no":
+        # One number that no two sets of weights have in common.
+        numbers = torch.cat([value.double().flatten() for _, value in sorted(load_file(saved[-1]).items())])
+        watch.facts["prior_saved"] = (numbers * torch.arange(len(numbers)).cos()).sum().item()
     return result_of(trainer, watch.facts)
 
 
@@ -169,7 +175,8 @@ def main(cells_file: str, results: str, trainer_class: type = InOrder) -> None:
             if rank == 0:
                 result.save(path)
         except Exception:
-            path.with_suffix(".error").write_text(traceback.format_exc())
+            with path.with_suffix(".error").open("a") as file:
+                file.write(f"rank {rank}: {traceback.format_exc()}\n")
             raise
 
 

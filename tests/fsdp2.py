@@ -10,7 +10,7 @@ import cells
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 
-class _FSDP2(cells.InOrder):
+class FSDP2(cells.InOrder):
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
@@ -20,10 +20,11 @@ class _FSDP2(cells.InOrder):
             auto_wrap_policy="transformer_based_wrap",
             transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
             cpu_ram_efficient_loading=False,
-            state_dict_type="FULL_STATE_DICT",
+            # The other kind, FULL_STATE_DICT, cannot be written from CPU processes, by TRL's own trainer neither.
+            state_dict_type="SHARDED_STATE_DICT",
         )
         self.is_fsdp_enabled = True
 
 
 if __name__ == "__main__":
-    cells.main(*sys.argv[1:], trainer_class=_FSDP2)
+    cells.main(*sys.argv[1:], trainer_class=FSDP2)

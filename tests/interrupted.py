@@ -1,4 +1,4 @@
-"""Runs that are killed, and runs that go on from what is left: `python interrupted.py runs.json`.
+"""Runs that are killed, and runs that go on from what is left: `python interrupted.py runs.json [fsdp2]`.
 
 Every run is a process of its own, forked after the slow imports. Under a launcher (`RANK` is set) there is only one.
 """
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cells import Cell, InOrder, make, result_of
+from fsdp2 import FSDP2
 
 
 SAVE_STEPS = 2
@@ -29,7 +30,9 @@ class Interruption:
     resume: bool = False
 
 
-class _Mortal(InOrder):
+class _Mortal:
+    """Put before a trainer class: dies at the named moment."""
+
     moment: str | None = None
 
     def _die(self, moment: str) -> None:
@@ -56,12 +59,12 @@ class _Mortal(InOrder):
         self._die("state")
 
 
-def train(run: Interruption) -> None:
+def train(run: Interruption, trainer_class: type) -> None:
     """Do one run; one that reaches its end leaves `result.json` and `result.safetensors` in its folder."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     options = {"save_strategy": "steps", "save_steps": SAVE_STEPS, **run.cell.options}
     cell = Cell(run.cell.method, run.cell.prior, run.cell.peft, options)
-    trainer = make(cell, run.folder, processes, _Mortal)
+    trainer = make(cell, run.folder, processes, type("Mortal", (_Mortal, trainer_class), {}))
     trainer.moment = run.moment
     trainer.train(resume_from_checkpoint=run.resume)
     result = result_of(trainer, {"from_step": trainer._initial_global_step})
@@ -69,15 +72,16 @@ def train(run: Interruption) -> None:
         result.save(Path(run.folder) / "result")
 
 
-def main(file: str) -> None:
+def main(file: str, backend: str = "") -> None:
+    trainer_class = FSDP2 if backend == "fsdp2" else InOrder
     runs = [Interruption(Cell(**values.pop("cell")), **values) for values in json.loads(Path(file).read_text())]
     if "RANK" in os.environ:
-        train(*runs)
+        train(*runs, trainer_class)
         return
     for run in runs:
         child = os.fork()
         if child == 0:
-            train(run)
+            train(run, trainer_class)
             os._exit(0)
         os.waitpid(child, 0)
 

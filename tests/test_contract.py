@@ -208,19 +208,19 @@ def test_transformers_saves_and_loads_the_optimizer_with_the_checkpoint_director
     assert not torch.equal(calls[0][2], warm_model().lm_head.weight)
 
 
-def test_transformers_save_writes_through_underscore_save(tmp_path):
+def test_transformers_writes_every_model_through_save_model(tmp_path):
     saved = []
 
     class Recording(SFTTrainer):
-        def _save(self, output_dir=None, state_dict=None):
+        def save_model(self, output_dir=None, _internal_call=False):
             saved.append(output_dir)
-            super()._save(output_dir, state_dict)
+            super().save_model(output_dir, _internal_call)
 
     options = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1}
     trainer = make_trainer(Recording, tiny.text_dataset(), warm_model(), steps=1, options=options)
     trainer.train()
     trainer.save_model()
-    assert saved == [str(tmp_path / "checkpoint-1"), str(tmp_path)]
+    assert saved == [str(tmp_path / "checkpoint-1"), None]
 
 
 def test_transformers_counts_items_without_the_first_label():

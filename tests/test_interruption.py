@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cells import Cell, Result
 from interrupted import MOMENTS, Interruption
-from launch import accelerate_launch, start
+from launch import accelerate_launch, start, torchrun
 from training import worst
 
 
@@ -29,10 +29,10 @@ _SLOW = [(prior, moment) for prior in PRIORS for moment in MOMENTS if (prior, mo
 TOLERANCE = 1e-6
 
 
-def run_all(runs: list[Interruption], folder: Path, command: list[str]) -> None:
+def run_all(runs: list[Interruption], folder: Path, command: list[str], backend: str = "") -> None:
     file, log = folder / "runs.json", folder / "log.txt"
     file.write_text(json.dumps([asdict(run) for run in runs]))
-    start([*command, str(Path(__file__).parent / "interrupted.py"), str(file)], log).wait(500)
+    start([*command, str(Path(__file__).parent / "interrupted.py"), str(file), backend], log).wait(500)
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +84,14 @@ def test_killed_run_resumes_slow(prior, moment, slow):
     check(slow, prior, moment)
 
 
+_SHARDED = [("lagged", "state"), ("lagged_lora", "weights"), ("base", "optimizer")]
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize(("prior", "moment"), [("lagged", "state"), ("lagged_lora", "weights"), ("base", "optimizer")])
-def test_killed_run_resumes_under_zero3(prior, moment, tmp_path):
+@pytest.mark.parametrize("backend", ["zero3", "fsdp2"])
+@pytest.mark.parametrize(("prior", "moment"), _SHARDED)
+def test_killed_run_resumes_sharded(prior, moment, backend, tmp_path):
     for run in runs_of([(prior, moment)], tmp_path):
-        run_all([run], tmp_path, accelerate_launch(tmp_path, stage=3, partition_everything=True))
+        command = torchrun() if backend == "fsdp2" else accelerate_launch(tmp_path, 3, partition_everything=True)
+        run_all([run], tmp_path, command, backend)
     check(tmp_path, prior, moment)

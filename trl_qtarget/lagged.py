@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from .gemm import Head
 from .head import PriorStates, head_of
 from .priors import Prior, base_model_of, inference
-from .shards import exchanged, gather, in_zero3, scatter, share
+from .shards import exchanged, gather, in_zero3, reshard, scatter, share
 
 
 STATE_NAME = "qtarget_prior.safetensors"
@@ -45,6 +45,7 @@ class LaggedPrior(Prior):
         self.parts: dict[str, Tensor] = {}
 
     def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        reshard(self.model)  # an evaluation leaves whole parameters in the place of the shares
         return ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
 
     def _kept_dtype(self, dtype: torch.dtype) -> torch.dtype:

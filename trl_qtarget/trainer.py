@@ -254,8 +254,8 @@ class QTargetSFTTrainer(SFTTrainer):
             check_checkpoint(resume_from_checkpoint, self.qtarget_config, allow_new_target)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             self.qtarget_config.save_pretrained(output_dir or self.args.output_dir)
 

@@ -1,0 +1,21 @@
+"""What the package relies on inside DeepSpeed, FSDP2 and Accelerate's FSDP: one test each, run by two ranks."""
+
+import json
+from pathlib import Path
+
+import pytest
+from launch import start, torchrun
+from sharded_contracts import CONTRACTS
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("contracts")
+    script = str(Path(__file__).parent / "sharded_contracts.py")
+    start([*torchrun(), script, str(folder / "outcomes.json")], folder / "log.txt").wait(300)
+    return json.loads((folder / "outcomes.json").read_text())
+
+
+@pytest.mark.parametrize("name", [contract.__name__ for contract in CONTRACTS])
+def test_sharded(name, outcomes):
+    assert outcomes[name] == ""
