@@ -6,6 +6,8 @@ import pytest
 import tiny
 import torch
 from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig, get_peft_model
 from training import make_trainer, warm_model
 
@@ -160,16 +162,38 @@ def test_compute_loss_func_by_position():
         QTargetSFTTrainer(warm_model(), None, None, tiny.text_dataset(4), None, tiny.tokenizer(), print)
 
 
-@pytest.mark.parametrize("name", ["cp", "sp"])
-def test_sequence_parallelism(name):
-    from trl_qtarget.trainer import _refuse_sequence_parallelism
+@pytest.fixture
+def accelerator_state():
+    """Accelerate's state is one for all accelerators, so what a test writes into it is taken out again."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=False)
 
-    parallelism = ParallelismConfig()
-    setattr(parallelism, f"{name}_size", 2)
-    with pytest.raises(ValueError, match="`parallelism_config` splits sequences over ranks"):
-        _refuse_sequence_parallelism(parallelism)
-    _refuse_sequence_parallelism(ParallelismConfig())
-    _refuse_sequence_parallelism(None)
+
+def refused_on(message: str, change) -> None:
+    class OnOtherMachines(QTargetSFTTrainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            change(self.accelerator.state)
+
+    with pytest.raises(ValueError, match=message):
+        make_trainer(OnOtherMachines, tiny.text_dataset(4), warm_model(), qtarget_config="sft")
+
+
+@pytest.mark.parametrize("name", ["cp", "sp"])
+def test_sequence_parallelism(name, accelerator_state):
+    def split_sequences(state):
+        state.parallelism_config = ParallelismConfig()
+        setattr(state.parallelism_config, f"{name}_size", 2)
+
+    refused_on("`parallelism_config` splits sequences over ranks", split_sequences)
+
+
+def test_fsdp_version_1(accelerator_state):
+    def fsdp1(state):
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
+
+    refused_on("set `fsdp_version: 2` in the Accelerate configuration", fsdp1)
 
 
 # --- batches ---

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
+from accelerate.utils import DistributedType, is_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
@@ -84,7 +85,7 @@ class QTargetSFTTrainer(SFTTrainer):
 
         super().__init__(model, args, *sft_args, **sft_kwargs)
 
-        _refuse_sequence_parallelism(self.accelerator.parallelism_config)
+        _refuse_what_cannot_work(self.accelerator)
         # A subclass of it is the user's own, and left alone.
         if self._token_columns and type(self.data_collator) is DataCollatorForLanguageModeling:
             self.data_collator = TokenColumnCollator.extending(self.data_collator, self._token_columns)
@@ -313,11 +314,17 @@ def _token_columns(config: QTargetConfig, given: dict[str, Any]) -> TokenColumns
     return TokenColumns(weights, documents)
 
 
-def _refuse_sequence_parallelism(parallelism: Any) -> None:
+def _refuse_what_cannot_work(accelerator: Accelerator) -> None:
+    parallelism = accelerator.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(
             "`parallelism_config` splits sequences over ranks (context or sequence parallelism), which "
             "`QTargetSFTTrainer` does not support: set `cp_size` and `sp_size` to 1."
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError(
+            "`fsdp_version=1` flattens the parameters of the LM head, which `QTargetSFTTrainer` reads by themselves: "
+            "set `fsdp_version: 2` in the Accelerate configuration."
         )
 
 
