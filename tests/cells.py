@@ -24,7 +24,7 @@ from training import sft_config, warm_model
 from transformers import PrinterCallback, TrainerCallback
 
 from trl_qtarget import QTargetConfig, QTargetSFTTrainer
-from trl_qtarget.shards import gather, share
+from trl_qtarget.shards import gather, in_zero3, share
 
 
 GLOBAL_BATCH = 4
@@ -38,7 +38,8 @@ _LOGGED = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "target/nll", 
 class Cell:
     """Which target, from which prior, trained in full or with LoRA; `options` go to the SFTConfig.
 
-    `fills` says whether several processes repeat rows to fill the last batch, as they do without accumulation.
+    `fills` says whether several processes repeat rows to fill the last batch, as they do without accumulation;
+    `by_path`, whether the trainer loads the models itself, which ZeRO-3 then shards while they are loaded.
     """
 
     method: str
@@ -47,6 +48,7 @@ class Cell:
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     name: str = ""
     fills: bool = True
+    by_path: bool = False
 
     def __str__(self) -> str:
         kind = "-lora" if self.peft else ""
@@ -108,6 +110,13 @@ class _Watch(TrainerCallback):
             self.facts["prior_held"] = sum(part.numel() for part in prior.parts.values())
 
 
+def save_models(folder: Path) -> None:
+    """Policy and reference as folders that a trainer can load, written once."""
+    for name, model in {"policy": warm_model(), "reference": warm_model(steps=12)}.items():
+        if not (folder / name).is_dir():
+            model.save_pretrained(folder / name)
+
+
 def make(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOrder) -> QTargetSFTTrainer:
     """The trainer of a cell; one process gets the rows that more would repeat."""
     peft = None
@@ -121,16 +130,20 @@ def make(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOr
         "learning_rate": 0.2,
         "seed": 0,
     }
+    config = QTargetConfig(cell.method, prior=cell.prior, prior_sync_steps=2 if cell.prior == "lagged" else None)
+    policy, reference = warm_model(), warm_model(steps=12) if cell.prior == "model" else None
+    if cell.by_path:
+        folder = Path(output_dir).parent
+        save_models(folder)
+        policy, reference = str(folder / "policy"), reference and str(folder / "reference")
     trainer = trainer_class(
-        warm_model(),
+        policy,
         sft_config(output_dir, **options | cell.options),
         train_dataset=rows(_REPEATED if processes == 1 and cell.fills else 0),
         eval_dataset=rows(_REPEATED),
         processing_class=tiny.tokenizer(),
-        qtarget_config=QTargetConfig(
-            cell.method, prior=cell.prior, prior_sync_steps=2 if cell.prior == "lagged" else None
-        ),
-        ref_model=warm_model(steps=12) if cell.prior == "model" else None,
+        qtarget_config=config,
+        ref_model=reference,
         peft_config=peft,
     )
     trainer.remove_callback(PrinterCallback)
@@ -153,6 +166,7 @@ def run(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOrd
     trainer = make(cell, output_dir, processes, trainer_class)
     watch = _Watch()
     watch.trainer = trainer
+    watch.facts["sharded_at_load"] = in_zero3(trainer.model)
     trainer.add_callback(watch)
     trainer.train()
     trainer.evaluate()

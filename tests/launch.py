@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from cells import Cell
+from cells import Cell, save_models
 
 
 _HERE = Path(__file__).parent
@@ -43,8 +43,9 @@ def accelerate_launch(folder: Path, stage: int, partition_everything: bool = Fal
     """`accelerate launch` with ZeRO on CPU processes.
 
     By default ZeRO-3 keeps small parameters whole; `partition_everything` takes even those apart, and prefetches.
+    Models that the trainer loads by path are sharded while they are loaded.
     """
-    settings = {"zero_stage": stage, "zero3_init_flag": False}
+    settings = {"zero_stage": stage, "zero3_init_flag": stage == 3}
     if partition_everything:
         zero = {
             "stage": stage,
@@ -57,7 +58,7 @@ def accelerate_launch(folder: Path, stage: int, partition_everything: bool = Fal
         deepspeed = {"zero_optimization": zero, "gradient_clipping": "auto"} | dict.fromkeys(automatic, "auto")
         file = folder / "deepspeed.json"
         file.write_text(json.dumps(deepspeed))
-        settings = {"deepspeed_config_file": str(file), "zero3_init_flag": False}
+        settings = {"deepspeed_config_file": str(file), "zero3_init_flag": True}
     config = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "DEEPSPEED",
@@ -92,6 +93,7 @@ def run_cells(backend: str, cells: Sequence[Cell], folder: Path) -> None:
     """Run cells one after another in one job of two processes; what came out is in `folder`."""
     file = folder / "cells.json"
     file.write_text(json.dumps([asdict(cell) for cell in cells]))
+    save_models(folder)
     log = folder / "log.txt"
     job = start([*launcher(backend, folder), str(file), str(folder)], log)
     try:

@@ -56,6 +56,7 @@ VARIANTS = [
     *(_checkpointing(cell, reentrant) for cell in _SECOND_PASSES for reentrant in (True, False)),
     *(replace(_variant("accumulation", cell, **_ONE_BY_ONE), fills=False) for cell in _SECOND_PASSES),
     _SAVED,
+    *(replace(cell, by_path=True, name=f"{cell}-by-path") for cell in (Cell("asft", "base"), Cell("asft", "model"))),
     _variant("adamw", Cell("psft", "lagged"), optim="adamw_torch", learning_rate=0.02, adam_epsilon=1e-3),
 ]
 
@@ -132,6 +133,7 @@ def check(result: Result, truth: Result, cell: Cell, backend: str = "") -> float
         assert 0.5 <= share < 0.55 if backend in SHARDED else share == 1
     if backend.startswith("zero3"):
         assert result.facts["trace_complete"]
+        assert result.facts["sharded_at_load"] == cell.by_path
     return max(differences)
 
 

@@ -57,12 +57,15 @@ def check_base(model: nn.Module) -> None:
             )
 
 
-def load_reference(path: str, policy: PreTrainedModel, args: SFTConfig, accelerator: Accelerator) -> PreTrainedModel:
-    """Load a reference model with the policy's options and in its dtype."""
+def load_reference(
+    path: str, policy: PreTrainedModel, args: SFTConfig, accelerator: Accelerator, same_model: bool = False
+) -> PreTrainedModel:
+    """Load a reference model with the policy's options and in its dtype; the `same_model` in its revision too."""
     options = {"dtype": policy.dtype, "trust_remote_code": args.trust_remote_code}
     options |= args.model_init_kwargs or {}
-    for of_the_policy_alone in ("quantization_config", "revision"):
-        options.pop(of_the_policy_alone, None)
+    if not same_model:
+        for of_the_policy_alone in ("quantization_config", "revision"):
+            options.pop(of_the_policy_alone, None)
     if accelerator.num_processes > 1:
         options["device_map"] = None
     return create_model_from_path(path, **options)
@@ -72,8 +75,8 @@ def starting_copy(policy: PreTrainedModel, accelerator: Accelerator) -> PreTrain
     """A second set of the policy's weights, of before any training. Frozen ones are shared where none is sharded."""
     if in_zero3(policy):
         raise ValueError(
-            "`prior='base'` copies the starting weights, and ZeRO-3 has already sharded those of `model`: pass the "
-            "path of the starting weights as `ref_model`."
+            "`prior='base'` copies the starting weights, and ZeRO-3 has already sharded those of `model`: pass a path "
+            "as `model`, or the path of the starting weights as `ref_model`."
         )
     sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
     shared = [] if sharded else [parameter for parameter in policy.parameters() if not parameter.requires_grad]

@@ -31,6 +31,7 @@ from .lagged import LaggedPrior, PriorCallback
 from .linear import LinearQTargetOutput
 from .priors import AdapterOffPrior, Prior, base_model_of
 from .references import check_base, check_reference, load_reference, reference_prior, starting_copy, uses_reference
+from .shards import in_zero3
 
 
 logger = get_logger(__name__)
@@ -82,6 +83,7 @@ class QTargetSFTTrainer(SFTTrainer):
         self.qtarget_config = _resolve_config(qtarget_config, args, given.get("compute_loss_func"))
         check_reference(self.qtarget_config, model, ref_model)
         self._token_columns = _token_columns(self.qtarget_config, given)
+        self._model_path = model if isinstance(model, str) else None
 
         super().__init__(model, args, *sft_args, **sft_kwargs)
 
@@ -128,7 +130,10 @@ class QTargetSFTTrainer(SFTTrainer):
             check_base(self.model)
             return AdapterOffPrior(self.model)
         if config.prior_source == "base":
-            copy = starting_copy(self.model, self.accelerator)
+            if self._model_path is not None and in_zero3(self.model):  # sharded while it was loaded
+                copy = load_reference(self._model_path, self.model, self.args, self.accelerator, same_model=True)
+            else:
+                copy = starting_copy(self.model, self.accelerator)
             return reference_prior(copy, self.model, self.accelerator, "the starting weights (a frozen copy)")
         return None
 
