@@ -83,19 +83,26 @@ def launcher(backend: str, folder: Path) -> list[str]:
     return [*accelerate_launch(folder, stage, partition), str(_HERE / "cells.py")]
 
 
-def start(command: Sequence[str], log: Path) -> subprocess.Popen:
-    """Start a job whose output goes to a file, in a process group of its own."""
+def start(command: Sequence[str], log: Path, **variables: str) -> subprocess.Popen:
+    """Start a job whose output goes to a file, in a process group of its own; `variables` are of its environment."""
     with log.open("w") as output:
-        return subprocess.Popen(command, stdout=output, stderr=output, env=environment(), start_new_session=True)
+        return subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment() | variables, start_new_session=True
+        )
+
+
+def script_arguments(cells: Sequence[Cell], folder: Path) -> list[str]:
+    """What `cells.py` is told: which cells, and where results go."""
+    file = folder / "cells.json"
+    file.write_text(json.dumps([asdict(cell) for cell in cells]))
+    return [str(file), str(folder)]
 
 
 def run_cells(backend: str, cells: Sequence[Cell], folder: Path) -> None:
     """Run cells one after another in one job of two processes; what came out is in `folder`."""
-    file = folder / "cells.json"
-    file.write_text(json.dumps([asdict(cell) for cell in cells]))
     save_models(folder)
     log = folder / "log.txt"
-    job = start([*launcher(backend, folder), str(file), str(folder)], log)
+    job = start([*launcher(backend, folder), *script_arguments(cells, folder)], log)
     try:
         job.wait(_TIMEOUT)
     except subprocess.TimeoutExpired:
