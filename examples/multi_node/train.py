@@ -1,0 +1,76 @@
+"""Train a language model toward an explicit target distribution, on any number of machines.
+
+The same script runs on one CPU and under every launcher of this folder. Arguments are those of TRL's own scripts
+(`SFTConfig`, `ModelConfig`), of `QTargetConfig`, and the few below; `--config file.yaml` reads them from a file.
+Started again with the same `--output_dir`, it goes on from the last checkpoint.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, IterableDataset, load_dataset
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config, get_quantization_config
+
+from trl_qtarget import QTargetConfig, QTargetSFTTrainer
+
+
+@dataclass
+class Arguments(ScriptArguments):
+    ref_model: str | None = field(
+        default=None, metadata={"help": "Reference model or teacher, as prior: hub id or path."}
+    )
+
+
+def load_split(arguments: Arguments, split: str) -> Dataset | IterableDataset:
+    """A split of a hub dataset; a .json or .jsonl file is all training data."""
+    name, streaming = arguments.dataset_name, arguments.dataset_streaming
+    if name.endswith((".json", ".jsonl")):
+        return load_dataset("json", data_files={arguments.dataset_train_split: name}, split=split, streaming=streaming)
+    return load_dataset(name, arguments.dataset_config, split=split, streaming=streaming)
+
+
+def last_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint that is complete: an interrupted job may have been writing one."""
+    # This file is written last.
+    folders = [state.parent for state in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    newest = max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    return newest and str(newest)
+
+
+def main() -> None:
+    parser = TrlParser((Arguments, SFTConfig, QTargetConfig, ModelConfig))
+    # Under DeepSpeed, `SFTConfig` has to exist before any model: only then are weights sharded while they are loaded.
+    arguments, training, target, model = parser.parse_args_and_config()
+    for name, given in (("dataset_name", arguments.dataset_name), ("model_name_or_path", model.model_name_or_path)):
+        if not given:
+            raise SystemExit(f"--{name} is missing")
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    } | (training.model_init_kwargs or {})
+
+    evaluated = training.eval_strategy != "no"
+    trainer = QTargetSFTTrainer(
+        model.model_name_or_path,
+        training,
+        train_dataset=load_split(arguments, arguments.dataset_train_split),
+        eval_dataset=load_split(arguments, arguments.dataset_test_split) if evaluated else None,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+        qtarget_config=target,
+        ref_model=arguments.ref_model,
+    )
+
+    # Rank 0 decides for all: nodes that see different folders would otherwise start at different steps.
+    checkpoint = broadcast_object_list([training.resume_from_checkpoint or last_checkpoint(training.output_dir)])[0]
+    trainer.accelerator.print(f"Resuming from {checkpoint}" if checkpoint else "Starting from the beginning")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.accelerator.print(f"Saved in {training.output_dir}")
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
