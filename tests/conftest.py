@@ -6,6 +6,7 @@ import datasets
 import pytest
 import torch
 import transformers
+from nodes import two_nodes
 
 
 def pytest_configure(config):
@@ -25,3 +26,10 @@ def logged(caplog):
     """Messages that the package logs during a test."""
     caplog.set_level(logging.INFO, logger="trl_qtarget")
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("trl_qtarget")]
+
+
+@pytest.fixture
+def nodes():
+    """Two nodes, in networks of their own where this machine allows it."""
+    with two_nodes() as made:
+        yield made

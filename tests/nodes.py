@@ -100,9 +100,7 @@ def _end(job: subprocess.Popen) -> None:
 def run_nodes(nodes: Sequence[Node], commands: Sequence[Sequence[str]], folder: Path, **environment: str) -> list[str]:
     """Start a launcher on every node and return what each wrote; RuntimeError if one of them fails or hangs."""
     logs = [folder / f"node{node.rank}.txt" for node in nodes]
-    jobs = [
-        node.start(command, log, **environment) for node, command, log in zip(nodes, commands, logs, strict=True)
-    ]
+    jobs = [node.start(command, log, **environment) for node, command, log in zip(nodes, commands, logs, strict=True)]
     deadline = time.monotonic() + _TIMEOUT
     try:
         # The others would wait a long time for a node that has failed.

@@ -6,18 +6,12 @@ from pathlib import Path
 import pytest
 from cells import Cell, Result, run
 from launch import accelerate_launch, script_arguments
-from nodes import Node, run_nodes, two_nodes
+from nodes import Node, run_nodes
 from test_scale import check
 
 
 CELLS = [Cell("dft"), Cell("asft", "base", True)]
 CELLS_SCRIPT = str(Path(__file__).parent / "cells.py")
-
-
-@pytest.fixture
-def nodes():
-    with two_nodes() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +33,10 @@ def with_zero3(node: Node, folder: Path) -> list[str]:
     return [*command, "--main_process_ip", node.head, "--main_process_port", str(node.port)]
 
 
-@pytest.mark.parametrize(("backend", "launcher"), [("ddp", with_torchrun), ("zero3-partitioned", with_zero3)])
+@pytest.mark.parametrize(
+    ("backend", "launcher"),
+    [("ddp", with_torchrun), pytest.param("zero3-partitioned", with_zero3, marks=pytest.mark.distributed)],
+)
 def test_two_nodes_give_the_one_process_result(backend, launcher, nodes, truths, tmp_path):
     arguments = [CELLS_SCRIPT, *script_arguments(CELLS, tmp_path)]
     run_nodes(nodes, [[*launcher(node, tmp_path), *arguments] for node in nodes], tmp_path)

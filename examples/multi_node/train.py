@@ -5,6 +5,7 @@ The same script runs on one CPU and under every launcher of this folder. Argumen
 Started again with the same `--output_dir`, it goes on from the last checkpoint.
 """
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def main() -> None:
     for name, given in (("dataset_name", arguments.dataset_name), ("model_name_or_path", model.model_name_or_path)):
         if not given:
             raise SystemExit(f"--{name} is missing")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("trl_qtarget").setLevel(logging.INFO)  # which prior was chosen
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -65,10 +68,10 @@ def main() -> None:
 
     # Rank 0 decides for all: nodes that see different folders would otherwise start at different steps.
     checkpoint = broadcast_object_list([training.resume_from_checkpoint or last_checkpoint(training.output_dir)])[0]
-    trainer.accelerator.print(f"Resuming from {checkpoint}" if checkpoint else "Starting from the beginning")
+    if trainer.is_world_process_zero():
+        print(f"Resuming from {checkpoint}" if checkpoint else "Starting from the beginning", flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    trainer.accelerator.print(f"Saved in {training.output_dir}")
     trainer.accelerator.end_training()
 
 
