@@ -72,7 +72,7 @@ def test_torchrun_on_two_nodes_trains_and_resumes(nodes, arguments, tmp_path):
         jobs = [
             ["env", f"NODE_RANK={node.rank}", f"HEAD={node.head}", f"PORT={node.port}", *command] for node in nodes
         ]
-        return "".join(run_nodes(nodes, jobs, tmp_path, NODES="2", PROCESSES="1", RESTARTS="0", **variables(tmp_path)))
+        return "".join(run_nodes(nodes, jobs, tmp_path, NODES="2", PROCESSES="1", **variables(tmp_path)))
 
     output = start("--max_steps", "2")
     assert output.count("Starting from the beginning") == 1
