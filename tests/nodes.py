@@ -5,7 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,16 +70,13 @@ def _cable(names: Sequence[str]) -> Iterator[list[str]]:
 def two_nodes() -> Iterator[list[Node]]:
     """Two nodes, in networks of their own if root and the kernel allow it."""
     names = [f"qtarget-{os.getpid()}-{rank}" for rank in range(2)]
-    cable = _cable(names)
-    try:
-        addresses = cable.__enter__()
-    except (OSError, subprocess.CalledProcessError):
-        yield loopback_nodes()
-        return
-    try:
-        yield [Node(rank, "cable", addresses[0], 29500, name) for rank, name in enumerate(names)]
-    finally:
-        cable.__exit__(None, None, None)
+    with ExitStack() as stack:
+        try:
+            addresses = stack.enter_context(_cable(names))
+            nodes = [Node(rank, "cable", addresses[0], 29500, name) for rank, name in enumerate(names)]
+        except (OSError, subprocess.CalledProcessError):
+            nodes = loopback_nodes()
+        yield nodes
 
 
 def loopback_nodes() -> list[Node]:
@@ -89,12 +86,16 @@ def loopback_nodes() -> list[Node]:
 
 
 def _end(job: subprocess.Popen) -> None:
-    job.terminate()
-    try:
-        job.wait(_GRACE)
-    except subprocess.TimeoutExpired:
+    """End a job and all that it started; nothing to do where it has ended by itself."""
+    deadline = time.monotonic() + _GRACE
+    with suppress(ProcessLookupError):
+        os.killpg(job.pid, signal.SIGTERM)
+        while time.monotonic() < deadline:
+            job.poll()
+            os.killpg(job.pid, 0)  # ProcessLookupError: none is left
+            time.sleep(0.1)
         os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
+    job.wait()
 
 
 def run_nodes(nodes: Sequence[Node], commands: Sequence[Sequence[str]], folder: Path, **environment: str) -> list[str]:
@@ -111,8 +112,7 @@ def run_nodes(nodes: Sequence[Node], commands: Sequence[Sequence[str]], folder: 
         codes = [job.poll() for job in jobs]
     finally:
         for job in jobs:
-            if job.poll() is None:
-                _end(job)
+            _end(job)
     texts = [log.read_text() for log in logs]
     if any(codes) or None in codes:
         tails = "\n".join(f"--- node {node.rank}\n{text[-4000:]}" for node, text in zip(nodes, texts, strict=True))
