@@ -21,26 +21,20 @@ def is_whole(checkpoint: str | os.PathLike) -> bool:
     return True
 
 
-def last_whole_checkpoint(output_dir: str | os.PathLike) -> str:
-    """The newest checkpoint in a folder that was written to its end; one that was interrupted is passed over.
-
-    Raises:
-        ValueError: there is none.
-    """
-    folder = Path(output_dir)
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    for path in sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        if is_whole(path):
-            return str(path)
-    raise ValueError(
-        f"`resume_from_checkpoint=True` finds no whole checkpoint in {folder}"
-        + (f": {len(found)} were interrupted while they were written. " if found else ". ")
-        + "Start from the beginning, or name another folder in `output_dir`."
-    )
+def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest checkpoint in a folder that was written to its end; None if there is none."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    newest_first = sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    return next((str(path) for path in newest_first if is_whole(path)), None)
 
 
-def check_checkpoint(checkpoint: str | os.PathLike, config: QTargetConfig, allow_new_target: bool) -> None:
-    """Raise unless a run toward `config` may go on from a checkpoint."""
+def check_checkpoint(checkpoint: str | os.PathLike | None, config: QTargetConfig, allow_new_target: bool) -> None:
+    """Raise unless a run toward `config` may go on from a checkpoint; None is what `last_whole_checkpoint` found."""
+    if checkpoint is None:
+        raise ValueError(
+            "`resume_from_checkpoint=True` finds no whole checkpoint in `output_dir`: start from the beginning, or "
+            "name the folder of the run that is to go on."
+        )
     if not Path(checkpoint).is_dir():
         raise ValueError(f"`resume_from_checkpoint` names no folder: {checkpoint} does not exist.")
     if not is_whole(checkpoint):

@@ -254,9 +254,9 @@ class QTargetSFTTrainer(SFTTrainer):
         Raises:
             ValueError: the checkpoint does not exist, is not whole, or was trained toward another target.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             check_checkpoint(resume_from_checkpoint, self.qtarget_config, allow_new_target)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

@@ -7,13 +7,13 @@ Started again with the same `--output_dir`, it goes on from the last checkpoint.
 
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, load_dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_qtarget import QTargetConfig, QTargetSFTTrainer
+from trl_qtarget.checkpoints import last_whole_checkpoint
 
 
 @dataclass
@@ -29,14 +29,6 @@ def load_split(arguments: Arguments, split: str) -> Dataset | IterableDataset:
     if name.endswith((".json", ".jsonl")):
         return load_dataset("json", data_files={arguments.dataset_train_split: name}, split=split, streaming=streaming)
     return load_dataset(name, arguments.dataset_config, split=split, streaming=streaming)
-
-
-def last_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint that is complete: an interrupted job may have been writing one."""
-    # This file is written last.
-    folders = [state.parent for state in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
-    newest = max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
-    return newest and str(newest)
 
 
 def main() -> None:
@@ -67,7 +59,8 @@ def main() -> None:
     )
 
     # Rank 0 decides for all: nodes that see different folders would otherwise start at different steps.
-    checkpoint = broadcast_object_list([training.resume_from_checkpoint or last_checkpoint(training.output_dir)])[0]
+    found = training.resume_from_checkpoint or last_whole_checkpoint(training.output_dir)
+    checkpoint = broadcast_object_list([found])[0]
     if trainer.is_world_process_zero():
         print(f"Resuming from {checkpoint}" if checkpoint else "Starting from the beginning", flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)
