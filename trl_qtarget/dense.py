@@ -12,7 +12,7 @@ from torch import Tensor
 from .checks import check_labels, check_per_token, check_token_weights, check_vocabulary
 from .config import QTargetConfig
 from .methods import Objective, TokenTarget
-from .tile import Tile, finite
+from .tile import LabelStatistics, Tile, finite
 
 
 class Target(NamedTuple):
@@ -30,7 +30,29 @@ def _to_statistics_dtype(logits: Tensor) -> Tensor:
 
 
 def _log_probs(logits: Tensor) -> Tensor:
-    return finite(torch.log_softmax(_to_statistics_dtype(logits), dim=-1))
+    return torch.log_softmax(_to_statistics_dtype(logits), dim=-1)
+
+
+class _ValueWithGradient(torch.autograd.Function):
+    """The numbers `value[n]`, with the gradient of `(weights * log_probs).sum(-1)` for constant `weights[n, V]`.
+
+    Not written as `value + x - x.detach()`: x is -inf, or as good as that, where the target has mass on a masked token.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(log_probs: Tensor, weights: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weights,) = ctx.saved_tensors
+        return grad[:, None] * weights, None, None
 
 
 @torch.no_grad()
@@ -63,16 +85,20 @@ def _token_target(
     def rows(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[scored]
 
-    log_probs = _log_probs(logits[scored])
+    log_probs = finite(_log_probs(logits[scored]))
     tile = Tile(
         log_probs=log_probs,
         labels=labels[scored],
         prior_logits=finite(prior_logits[scored].to(log_probs.dtype)) if objective.uses_prior else None,
         token_weights=rows(token_weights),
-        sequence_ids=rows(sequence_ids),
         embeddings=embeddings,
     )
-    return objective, objective.target(tile), scored
+    trust = None
+    if objective.trust.per_sequence:
+        prior = tile.prior_label_log_probs if objective.uses_prior else tile.label_log_probs
+        statistics = LabelStatistics(tile.label_log_probs, prior, tile.token_weights, rows(sequence_ids))
+        trust = objective.token_trust(statistics)
+    return objective, objective.target(tile, trust), scored
 
 
 def _target_probs(target: TokenTarget) -> Tensor:
@@ -151,10 +177,11 @@ def qtarget_loss(
     log_probs = _log_probs(logits[scored])
     with torch.no_grad():
         probs, value = _target_probs(target), objective.value(target)
-    # Autograd sees the cross-entropy to the detached target; the value shown is the publication's.
-    to_target = -target.scale * (probs * log_probs).sum(dim=-1)
+        weights = -target.scale[:, None] * probs
+    # The gradient is that of the cross-entropy to the detached target; the value is the publication's.
+    losses = _ValueWithGradient.apply(log_probs, weights, value)
     # `masked_scatter` keeps the graph connected where no token is scored.
-    per_token = log_probs.new_zeros(len(labels)).masked_scatter(scored, to_target + (value - to_target).detach())
+    per_token = log_probs.new_zeros(len(labels)).masked_scatter(scored, losses)
     if reduction == "none":
         return per_token
     total = per_token.sum()

@@ -6,6 +6,7 @@ here carries gradients: trust, residual and scale are always stop-gradients.
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -91,7 +92,6 @@ class Tile:
         labels: `[n]`, the observed tokens.
         prior_logits: `[n, V]` or None, logits of the prior, up to a constant per row.
         token_weights: `[n]` or None, the dataset's per-token weights.
-        sequence_ids: `[n]` or None, which document a token belongs to.
         embeddings: `[V, H]` or None, the output embeddings.
         reuse_buffers: whether `prior_logits` may be overwritten by its own log-softmax.
     """
@@ -100,7 +100,6 @@ class Tile:
     labels: Tensor
     prior_logits: Tensor | None = None
     token_weights: Tensor | None = None
-    sequence_ids: Tensor | None = None
     embeddings: Tensor | None = None
     reuse_buffers: bool = field(default=False, repr=False)
 
@@ -150,6 +149,10 @@ class Tile:
         top = torch.log_softmax(self.log_probs.topk(k, dim=-1, sorted=False).values, dim=-1)
         return -(top.exp() * top).sum(-1) / torch.log(torch.tensor(float(k), dtype=top.dtype))
 
-    def sequence_mean(self, values: Tensor) -> Tensor:
-        """Mean of `values[n]` over the sequence that each token belongs to, `[n]`."""
-        return sequence_means(values, self.sequence_ids)
+    @property
+    def sequence_mean(self) -> NoReturn:
+        """No mean over sequences here: a tile has some tokens of a document, and they would be taken for all."""
+        raise ValueError(
+            "`sequence_mean` is not known to a tile, which holds only some tokens of a document: register the trust "
+            "with `per_sequence=True`, and it gets the `LabelStatistics` of the whole batch."
+        )
