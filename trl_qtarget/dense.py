@@ -12,7 +12,7 @@ from torch import Tensor
 from .checks import check_labels, check_per_token, check_token_weights, check_vocabulary
 from .config import QTargetConfig
 from .methods import Objective, TokenTarget
-from .tile import LabelStatistics, Tile, finite
+from .tile import Embeddings, LabelStatistics, Tile, finite
 
 
 class Target(NamedTuple):
@@ -36,7 +36,7 @@ def _log_probs(logits: Tensor) -> Tensor:
 class _ValueWithGradient(torch.autograd.Function):
     """The numbers `value[n]`, with the gradient of `(weights * log_probs).sum(-1)` for constant `weights[n, V]`.
 
-    Not written as `value + x - x.detach()`: x is -inf, or as good as that, where the target has mass on a masked token.
+    Not written as `value + x - x.detach()`: x is all but infinite where the target has mass on a masked token.
     """
 
     generate_vmap_rule = True
@@ -91,7 +91,7 @@ def _token_target(
         labels=labels[scored],
         prior_logits=finite(prior_logits[scored].to(log_probs.dtype)) if objective.uses_prior else None,
         token_weights=rows(token_weights),
-        embeddings=embeddings,
+        output_embeddings=None if embeddings is None else Embeddings(embeddings, labels[scored]),
     )
     trust = None
     if objective.trust.per_sequence:

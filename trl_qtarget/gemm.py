@@ -54,15 +54,17 @@ def result_dtype(operand_dtype: torch.dtype) -> torch.dtype:
 
 def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """dtype that the operands are rounded to before a product: autocast's inside autocast, else their common one."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
+    device, common = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
+    # Autocast leaves float64 alone, in PyTorch's own products too.
+    if torch.is_autocast_enabled(device) and common != torch.float64:
         return torch.get_autocast_dtype(device)
-    return torch.promote_types(hidden.dtype, weight.dtype)
+    return common
 
 
-def _has_mixed_gemm(operands: torch.dtype, device: torch.device) -> bool:
+def _has_mixed_gemm(operands: torch.dtype, out: Tensor) -> bool:
     # fp16 is left out: a gradient of s (p - Q)/N underflows in fp16, and its loss scale is not known in the forward.
-    return device.type == "cuda" and operands == torch.bfloat16
+    # Results are float64 where a bf16 prior meets a float64 policy; no such product exists.
+    return out.device.type == "cuda" and operands == torch.bfloat16 and out.dtype == torch.float32
 
 
 def _slices(weight: Tensor) -> list[tuple[int, int]]:
@@ -74,11 +76,19 @@ def _raised(weight: Tensor, start: int, end: int, operands: torch.dtype, dtype: 
     return weight[start:end].to(operands).to(dtype)
 
 
+def row_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Euclidean norms `[V]` of the rows of `weight[V, H]`, in `dtype`."""
+    norms = weight.new_empty(weight.size(0), dtype=dtype)
+    for start, end in _slices(weight):
+        torch.linalg.vector_norm(weight[start:end].to(dtype), dim=1, out=norms[start:end])
+    return norms
+
+
 def project(out: Tensor, hidden: Tensor, weight: Tensor, operands: torch.dtype) -> None:
     """`out[n, V] = hidden[n, H] @ weight[V, H].T`."""
     if operands == out.dtype:
         torch.mm(hidden.to(operands), weight.to(operands).t(), out=out)
-    elif _has_mixed_gemm(operands, out.device):
+    elif _has_mixed_gemm(operands, out):
         torch.mm(hidden.to(operands), weight.to(operands).t(), out_dtype=out.dtype, out=out)
     else:
         hidden = hidden.to(operands).to(out.dtype)
@@ -90,7 +100,7 @@ def backproject(out: Tensor, grad_logits: Tensor, weight: Tensor, operands: torc
     """`out[n, H] = grad_logits[n, V] @ weight[V, H]`."""
     if operands == out.dtype:
         torch.mm(grad_logits, weight.to(operands), out=out)
-    elif _has_mixed_gemm(operands, out.device):
+    elif _has_mixed_gemm(operands, out):
         torch.mm(grad_logits.to(operands), weight.to(operands), out_dtype=out.dtype, out=out)
     else:
         out.zero_()
@@ -100,7 +110,7 @@ def backproject(out: Tensor, grad_logits: Tensor, weight: Tensor, operands: torc
 
 def accumulate_weight(out: Tensor, grad_logits: Tensor, hidden: Tensor, operands: torch.dtype) -> None:
     """`out[V, H] += grad_logits[n, V].T @ hidden[n, H]`."""
-    if operands != out.dtype and _has_mixed_gemm(operands, out.device):
+    if operands != out.dtype and _has_mixed_gemm(operands, out):
         torch.addmm(out, grad_logits.to(operands).t(), hidden.to(operands), out_dtype=out.dtype, out=out)
     else:
         out.addmm_(grad_logits.t(), hidden.to(operands).to(out.dtype))

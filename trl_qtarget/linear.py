@@ -18,15 +18,18 @@ from .checks import check_head, check_labels, check_per_token, check_token_weigh
 from .config import QTargetConfig
 from .gemm import Head
 from .methods import Objective, TokenTarget
-from .tile import LabelStatistics, Measure, Tile, finite
+from .tile import Embeddings, LabelStatistics, Measure, Tile, finite
 
 
 # Logits of a chunk: 64 Mi elements, 256 MiB in float32. Large enough for full-speed products (hundreds of tokens at
 # the largest vocabularies), small beside the rest of a training step.
 _CHUNK_ELEMENTS = 1 << 26
 # Logits worked on at a time between two products. On a CPU this block stays in the cache through all passes over it.
+# An accelerator has no such cache, but what a pass makes anew (probabilities, a residual) is as large as the block,
+# and several of those live at once: with a quarter of a chunk, 64 MiB in float32, they add about one chunk and not
+# several, and a kernel on it still takes longer than its launch.
 _BLOCK_ELEMENTS = {"cpu": 1 << 20}
-_DEFAULT_BLOCK_ELEMENTS = 1 << 26
+_DEFAULT_BLOCK_ELEMENTS = 1 << 24
 
 
 @dataclass
@@ -43,7 +46,7 @@ class LinearQTargetOutput:
         label_mass: Q(y), the probability that the target puts on the label.
         kl: KL(Q‖p) in nats; NaN where Q has negative entries.
         entropy: entropy of the policy, in nats.
-        is_top1: 1 where no token is more probable than the label.
+        is_top1: 1 where the label is the most probable token; among equals the first one is, as TRL counts.
         scored: whether the label is not ignored (bool).
     """
 
@@ -244,6 +247,7 @@ class _Batch:
         self.dtype = gemm.result_dtype(self.operands)
         if self.prior_head is not None:
             self.prior_operands = gemm.operand_dtype(self.prior_hidden, self.prior_head.weight)
+        self.embeddings = Embeddings(self.head.weight, self.labels)
         tokens, vocabulary = max(1, len(self.labels)), self.head.weight.size(0)
         most = min(self.chunk_tokens or max(1, _CHUNK_ELEMENTS // vocabulary), tokens)
         chunks = -(-tokens // most)
@@ -312,7 +316,7 @@ class _Batch:
             labels=self.labels[block],
             prior_logits=None if prior_logits is None else finite(prior_logits, in_place=True),
             token_weights=None if self.token_weights is None else self.token_weights[block],
-            embeddings=self.head.weight,
+            output_embeddings=self.embeddings,
             reuse_buffers=True,
         )
 

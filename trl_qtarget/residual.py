@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .registry import Count, Positive, Shelf, Unit
-from .tile import Tile, floor_of
+from .tile import Tile, floor_of, tempered
 
 
 RESIDUALS = Shelf("residual")
@@ -70,7 +70,7 @@ def prior(tile: Tile, *, temperature: Positive = 1.0) -> Tensor:
     """π̃ = softmax(t/temperature), the prior's (a teacher's) distribution."""
     if temperature == 1.0:
         return tile.prior_log_probs
-    return torch.log_softmax(tile.prior_logits / temperature, dim=-1)
+    return tempered(tile.prior_logits, temperature)
 
 
 @register_residual(
@@ -85,19 +85,14 @@ def guided(tile: Tile, *, eta: Unit = 0.5) -> Tensor:
 @register_residual("sharpened")
 def sharpened(tile: Tile, *, beta: Positive = 0.7) -> tuple[Tensor, Tensor]:
     """π̃⁺ = p and π̃⁻ = softmax(z/beta): the label's gain is taken from the tokens the policy prefers."""
-    return tile.log_probs, torch.log_softmax(tile.log_probs / beta, dim=-1)
+    return tile.log_probs, tempered(tile.log_probs, beta)
 
 
 @register_residual("neighbors", uses_embeddings=True)
 def neighbors(tile: Tile, *, top_k: Count = 20, temperature: Positive = 1.0) -> Tensor:
     """π̃ = softmax(cosine/temperature) over the label's top_k nearest other tokens in the output embeddings."""
-    dtype = tile.log_probs.dtype
-    embeddings = tile.embeddings.to(dtype)
-    norms = embeddings.norm(dim=-1).clamp(min=torch.finfo(dtype).tiny)
-    labels, index = torch.unique(tile.labels, return_inverse=True)
-    cosine = embeddings[labels] @ embeddings.t() / norms / norms[labels, None]
-    cosine.scatter_(1, labels[:, None], -torch.inf)
-    similarity, nearest = cosine.topk(min(top_k, cosine.size(-1) - 1), dim=-1)
-    log_probs = torch.full_like(cosine, floor_of(dtype))
-    log_probs.scatter_(1, nearest, torch.log_softmax(similarity / temperature, dim=-1))
-    return log_probs[index]
+    if tile.log_probs.size(-1) == 1:
+        return torch.zeros_like(tile.log_probs)  # the only distribution over one token
+    cosines, tokens = tile.nearest(top_k)
+    log_probs = torch.full_like(tile.log_probs, floor_of(tile.log_probs.dtype))
+    return log_probs.scatter_(1, tokens, tempered(cosines, temperature))

@@ -4,6 +4,7 @@ Statistics are computed when first asked for and kept, so a method pays only for
 here carries gradients: trust, residual and scale are always stop-gradients.
 """
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NoReturn
@@ -11,15 +12,28 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from . import gemm
+
+
+# Cosine similarities searched at a time: 16 Mi elements, 64 MiB in float32.
+_SEARCH_ELEMENTS = 1 << 24
+
 
 def floor_of(dtype: torch.dtype) -> float:
-    """A log-probability that stands for zero: `exp` of it is 0, and no knob's product with it overflows."""
+    """A log-probability that stands for zero: `exp` of it is 0, and sums with a weight below 1024 do not overflow."""
     return torch.finfo(dtype).min / 1024
 
 
 def finite(log_probs: Tensor, in_place: bool = False) -> Tensor:
     """Raise `-inf`, a masked token, to a finite floor, so that `0 * log 0` is 0 in every sum and not NaN."""
     return torch.clamp(log_probs, min=floor_of(log_probs.dtype), out=log_probs if in_place else None)
+
+
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Log-softmax of `logits[n, V] / temperature`, finite for every temperature > 0."""
+    # From the largest logit, so that a tiny temperature leaves 0 there and at worst -inf elsewhere.
+    shifted = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature)
+    return finite(torch.log_softmax(shifted, dim=-1, out=shifted), in_place=True)
 
 
 def sequence_means(values: Tensor, sequence_ids: Tensor | None) -> Tensor:
@@ -83,6 +97,42 @@ class Measure:
         return -torch.linalg.vecdot(self.probs, self.policy_log_probs)
 
 
+class Embeddings:
+    """The output embeddings `weight[V, H]`, and what designs ask of them, computed once for all tiles of a call.
+
+    `labels[N]` are the labels of that call.
+    """
+
+    def __init__(self, weight: Tensor, labels: Tensor):
+        self.weight = weight
+        self._labels = labels
+        self._found: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def _tokens(self) -> Tensor:
+        return torch.unique(self._labels)  # sorted
+
+    def nearest(self, labels: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine similarities and ids, both `[n, k]`, of the tokens nearest to `labels[n]`, themselves left out."""
+        if (k, dtype) not in self._found:
+            self._found[k, dtype] = self._search(k, dtype)
+        cosines, tokens = self._found[k, dtype]
+        rows = torch.searchsorted(self._tokens, labels)
+        return cosines[rows], tokens[rows]
+
+    def _search(self, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        weight = self.weight
+        norms = gemm.row_norms(weight, dtype).clamp_(min=torch.finfo(dtype).tiny)
+        best = []
+        for tokens in self._tokens.split(max(1, _SEARCH_ELEMENTS // weight.size(0))):
+            cosines = norms.new_empty(len(tokens), weight.size(0))
+            gemm.project(cosines, weight[tokens], weight, weight.dtype)
+            cosines.div_(norms).div_(norms[tokens, None])
+            cosines.scatter_(1, tokens[:, None], -torch.inf)
+            best.append(cosines.topk(k, dim=-1))
+        return torch.cat([values for values, _ in best]), torch.cat([tokens for _, tokens in best])
+
+
 @dataclass
 class Tile:
     """Policy and prior on `n` scored tokens.
@@ -92,7 +142,7 @@ class Tile:
         labels: `[n]`, the observed tokens.
         prior_logits: `[n, V]` or None, logits of the prior, up to a constant per row.
         token_weights: `[n]` or None, the dataset's per-token weights.
-        embeddings: `[V, H]` or None, the output embeddings.
+        output_embeddings: the output embeddings, or None; `embeddings` is their matrix.
         reuse_buffers: whether `prior_logits` may be overwritten by its own log-softmax.
     """
 
@@ -100,7 +150,7 @@ class Tile:
     labels: Tensor
     prior_logits: Tensor | None = None
     token_weights: Tensor | None = None
-    embeddings: Tensor | None = None
+    output_embeddings: Embeddings | None = None
     reuse_buffers: bool = field(default=False, repr=False)
 
     def measure(self, log_probs: Tensor) -> Measure:
@@ -139,15 +189,30 @@ class Tile:
         return self.prior_log_probs.gather(1, self.labels[:, None]).squeeze(1)
 
     @property
+    def embeddings(self) -> Tensor | None:
+        """`[V, H]`, the output embeddings."""
+        return None if self.output_embeddings is None else self.output_embeddings.weight
+
+    def nearest(self, k: int) -> tuple[Tensor, Tensor]:
+        """Cosine similarities and ids, both `[n, k]`, of the tokens nearest to the label in the output embeddings.
+
+        The label itself is left out; a vocabulary that is too small gives all others.
+        """
+        return self.output_embeddings.nearest(self.labels, min(k, self.log_probs.size(-1) - 1), self.log_probs.dtype)
+
+    @property
     def is_top1(self) -> Tensor:
-        """`[n]`, whether no other token is more probable than the label."""
-        return self.label_log_probs >= self.log_probs.amax(dim=-1)
+        """`[n]`, whether the label is the most probable token; among equals the first one is, as TRL counts."""
+        return self.log_probs.argmax(dim=-1) == self.labels
 
     def top_k_entropy(self, k: int) -> Tensor:
-        """`[n]`, entropy of the `k` most probable tokens, renormalised among themselves, divided by `ln k`."""
+        """`[n]`, entropy of the `k` most probable tokens, renormalised among themselves, divided by `ln k`.
+
+        Zero in a vocabulary of one token, where nothing is undecided.
+        """
         k = min(k, self.log_probs.size(-1))
         top = torch.log_softmax(self.log_probs.topk(k, dim=-1, sorted=False).values, dim=-1)
-        return -(top.exp() * top).sum(-1) / torch.log(torch.tensor(float(k), dtype=top.dtype))
+        return -(top.exp() * top).sum(-1) / math.log(max(k, 2))
 
     @property
     def sequence_mean(self) -> NoReturn:
