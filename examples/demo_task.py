@@ -70,6 +70,11 @@ def task_problems(
     # Small problems repeat, so more are made than needed.
     fresh = _generate(task, options, 4 * held_out_size, HELD_OUT_SEED + seed)
     held_out = {text_of(problem.prompt): problem for problem in fresh if text_of(problem.prompt) not in seen}
+    if not held_out:
+        raise SystemExit(
+            f"The task {task!r} with {options} has so few problems that {train_size} to train on leave none to hold "
+            "out: make it larger with --task_args, or lower --max_steps or --batch_size."
+        )
     return train, list(held_out.values())[:held_out_size]
 
 

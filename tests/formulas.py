@@ -106,7 +106,8 @@ def asft(logits, labels, prior_logits=None, token_weights=None, sequence_ids=Non
 
 
 def psft(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None, *, epsilon=0.28):
-    ratio = (of_label(log_p(logits), labels) - of_label(log_p(prior_logits), labels).detach()).exp()
+    log_ratio = of_label(log_p(logits), labels) - of_label(log_p(prior_logits), labels).detach()
+    ratio = log_ratio.clamp(max=20).exp()  # as its code does, far beyond 1 + epsilon
     return -torch.minimum(ratio, ratio.clamp(1 - 0.2, 1 + epsilon))  # PPO's clip with advantage 1 and both bounds
 
 
@@ -130,17 +131,16 @@ def distill_hybrid(
 
 def target_sft(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None, *, eta=0.5):
     log_probs = log_p(logits)
-    policy = log_probs.exp().detach()
-    guided = guide(policy, prior_logits.softmax(-1).detach(), eta)
-    label_prob = of_label(policy, labels)
+    guided = guide(log_probs.detach(), log_p(prior_logits).detach(), eta)
+    label_prob = of_label(log_probs.detach(), labels).exp()
     target = (1 - label_prob)[:, None] * guided
     target[torch.arange(len(labels)), labels] += label_prob
     return cross_entropy(target, log_probs)
 
 
-def guide(policy: Tensor, prior: Tensor, eta: float) -> Tensor:
-    product = policy ** (1 - eta) * prior**eta
-    return product / product.sum(-1, keepdim=True)
+def guide(log_policy: Tensor, log_prior: Tensor, eta: float) -> Tensor:
+    """p^(1-eta) π^eta, normalised; by logarithms, as the product of two confident distributions underflows."""
+    return log_p((1 - eta) * log_policy + eta * log_prior).exp()
 
 
 _ALL = (sft, dft, beyond_log, profit, eaft, iw_sft, cft, label_smoothing, sft_kl, asft, psft, gem, distill)
@@ -194,7 +194,7 @@ TRUST_FORMULAS = {
     "probability": lambda x, p: p,
     "probability_anchor": lambda x, p, *, lam=0.05: p / (p + lam),
     "power": lambda x, p, *, alpha=1.0: p**alpha,
-    "threshold": lambda x, p, *, tau=0.1: (p > tau).double(),
+    "threshold": lambda x, p, *, tau=0.1: (p > tau).to(p.dtype),
     "entropy": lambda x, p, *, top_k=20, alpha=1.0: top_k_entropy(x.log_probs.exp(), top_k) ** alpha,
     "importance": lambda x, p, *, temperature=1.0, clip_max=16.0: importance(
         _log_ratio(x), x.sequence_ids, temperature, clip_max
@@ -208,7 +208,7 @@ RESIDUAL_FORMULAS = {
     "policy": lambda x: x.log_probs.exp(),
     "uniform": lambda x: torch.full_like(x.log_probs, 1 / x.log_probs.size(-1)),
     "prior": lambda x, *, temperature=1.0: (x.prior_logits / temperature).softmax(-1),
-    "guided": lambda x, *, eta=0.5: guide(x.log_probs.exp(), x.prior_logits.softmax(-1), eta),
+    "guided": lambda x, *, eta=0.5: guide(x.log_probs, log_p(x.prior_logits), eta),
     "sharpened": lambda x, *, beta=0.7: (x.log_probs.exp(), (x.log_probs / beta).softmax(-1)),
     "neighbors": lambda x, *, top_k=20, temperature=1.0: _neighbors(x, top_k, temperature),
 }

@@ -45,11 +45,12 @@ def check_per_token(name: str, value: Tensor | None, rows: int) -> None:
 def check_token_weights(weights: Tensor | None, rows: int, objective: Objective) -> None:
     """Raise unless the weights that the objective reads are there, of the right length, finite and not negative."""
     if weights is None:
-        if objective.trust.uses_token_weights:
-            raise ValueError(
-                f"`token_weights` is missing: the trust {objective.trust.name!r} reads one weight per token. Pass a "
-                "tensor as long as `labels`."
-            )
+        for kind, design in (("trust", objective.trust), ("residual", objective.residual)):
+            if design.uses_token_weights:
+                raise ValueError(
+                    f"`token_weights` is missing: the {kind} {design.name!r} reads one weight per token. Pass a "
+                    "tensor as long as `labels`."
+                )
         return
     check_per_token("token_weights", weights, rows)
     if not (torch.isfinite(weights) & (weights >= 0)).all():
@@ -62,4 +63,31 @@ def check_vocabulary(name: str, size: int, vocabulary: int) -> None:
         raise ValueError(
             f"`{name}` has a vocabulary of {size}, the policy one of {vocabulary}: a prior must share the policy's "
             "tokenizer and vocabulary size. Resize the embeddings of one, or choose another reference model."
+        )
+
+
+def check_embeddings(embeddings: Tensor | None, vocabulary: int, objective: Objective) -> None:
+    """Raise unless the output embeddings that the objective reads are there and are `[V, H]`."""
+    if embeddings is None:
+        residual = objective.residual
+        if residual.uses_embeddings:
+            raise ValueError(
+                f"`embeddings` is missing: the residual {residual.name!r} reads the output embeddings [V, H]."
+            )
+    elif embeddings.dim() != 2 or embeddings.size(0) != vocabulary or not embeddings.is_floating_point():
+        raise ValueError(
+            f"`embeddings` must be the output embeddings [V, H] of the same vocabulary, [{vocabulary}, H], got "
+            f"{list(embeddings.shape)} of {embeddings.dtype}: pass the weight of the LM head that gave `logits`."
+        )
+
+
+def check_num_items(count: Tensor | int | float | None) -> None:
+    """Raise unless `num_items_in_batch` is None or one number that is not negative."""
+    if count is None:
+        return
+    value = torch.as_tensor(count)
+    if value.numel() != 1 or not value.item() >= 0:
+        raise ValueError(
+            f"`num_items_in_batch` must be one number >= 0, got {count}: pass the number of labelled tokens that the "
+            "summed loss is divided by, or None to have them counted."
         )

@@ -37,7 +37,8 @@ class QTargetConfig:
         token_weight_column (`str`): dataset column with one weight per token, for the trust `token_weights` (default
             `"token_weights"`).
         chunk_tokens (`int`): tokens scored at once by the fused loss; None chooses by vocabulary size.
-        kernel (`"auto"` or `"torch"`, defaults to `"auto"`): implementation of the fused loss.
+        kernel (`"auto"` or `"torch"`, defaults to `"auto"`): implementation of the fused loss. At present there is
+            one, in PyTorch, so both values mean the same.
 
     Raises:
         ValueError: an unknown name, a knob that is unused or out of range, or options that contradict each other.
@@ -81,7 +82,11 @@ class QTargetConfig:
         default=None, metadata={"help": "Tokens scored at once by the fused loss. None: chosen by vocabulary size."}
     )
     kernel: str = field(
-        default="auto", metadata={"help": "Implementation of the fused loss.", "choices": list(KERNELS)}
+        default="auto",
+        metadata={
+            "help": "Implementation of the fused loss. At present both values mean the same, PyTorch.",
+            "choices": list(KERNELS),
+        },
     )
 
     def __post_init__(self):

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_labels, check_per_token, check_token_weights, check_vocabulary
+from .checks import check_embeddings, check_labels, check_per_token, check_token_weights, check_vocabulary
 from .config import QTargetConfig
 from .methods import Objective, TokenTarget
 from .tile import Embeddings, LabelStatistics, Tile, finite
@@ -38,8 +38,6 @@ class _ValueWithGradient(torch.autograd.Function):
 
     Not written as `value + x - x.detach()`: x is all but infinite where the target has mass on a masked token.
     """
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(log_probs: Tensor, weights: Tensor, value: Tensor) -> Tensor:
@@ -77,10 +75,7 @@ def _token_target(
         check_vocabulary("prior_logits", prior_logits.size(-1), logits.size(-1))
         if prior_logits.shape != logits.shape:
             raise ValueError(f"`prior_logits` must have the shape of `logits`, got {list(prior_logits.shape)}.")
-    if objective.residual.uses_embeddings and embeddings is None:
-        raise ValueError(
-            f"`embeddings` is missing: the residual {objective.residual.name!r} reads the output embeddings [V, H]."
-        )
+    check_embeddings(embeddings, logits.size(-1), objective)
 
     def rows(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[scored]
@@ -208,7 +203,9 @@ def induced_target(loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, 
         losses = loss_fn(logits, labels)
     if not isinstance(losses, Tensor) or losses.shape != labels.shape:
         raise ValueError("`loss_fn` must return one loss per token, of the shape of `labels`: remove its reduction.")
-    if not losses.requires_grad:
+    gradient = None
+    if losses.requires_grad:
+        (gradient,) = torch.autograd.grad(losses.sum(), logits, allow_unused=True)
+    if gradient is None:
         raise ValueError("`loss_fn` returned a loss without gradient: compute it from `logits` differentiably.")
-    (gradient,) = torch.autograd.grad(losses.sum(), logits)
     return torch.softmax(logits.detach(), dim=-1) - gradient

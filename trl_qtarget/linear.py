@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import gemm
-from .checks import check_head, check_labels, check_per_token, check_token_weights, check_vocabulary
+from .checks import check_head, check_labels, check_num_items, check_per_token, check_token_weights, check_vocabulary
 from .config import QTargetConfig
 from .gemm import Head
 from .methods import Objective, TokenTarget
@@ -144,8 +144,11 @@ def linear_qtarget_loss(
     """
     config = QTargetConfig.coerce(config)
     check_head("", hidden, weight, bias, logit_softcap)
+    check_num_items(num_items_in_batch)
     if (prior_hidden is None) != (prior_weight is None):
         raise ValueError("`prior_hidden` and `prior_weight` belong together: pass both or none.")
+    if prior_bias is not None and prior_hidden is None:
+        raise ValueError("`prior_bias` is a bias without a head: pass `prior_hidden` and `prior_weight` with it.")
     objective = config.objective(has_prior=prior_hidden is not None)
     labels, _ = check_labels(labels, hidden.size(0), weight.size(0), ignore_index)
     check_token_weights(token_weights, len(labels), objective)
@@ -205,7 +208,7 @@ def fused_loss(
         chunk_tokens=chunk_tokens,
     )
     count = len(index) if num_items_in_batch is None else num_items_in_batch
-    inverse_count = 1 / torch.as_tensor(count, dtype=batch.dtype, device=hidden.device).clamp(min=1)
+    inverse_count = 1 / torch.as_tensor(count, dtype=batch.dtype, device=hidden.device).clamp(min=1).reshape(())
 
     inputs = (hidden, head.weight, head.bias)
     wanted = [torch.is_grad_enabled() and value is not None and value.requires_grad for value in inputs]

@@ -261,7 +261,7 @@ def find_method(name: str) -> Method:
     Raises:
         ValueError: no such method; the message lists them.
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(
             f"`method={name!r}` is unknown. Known methods: {', '.join(METHODS)}. For a free combination set "
             "`method=None` with `trust=...` and `residual=...`."

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Annotated, Any, get_type_hints
 
 
@@ -68,7 +69,6 @@ def read_knobs(function: Callable) -> dict[str, Knob]:
     """Knobs of a function: its keyword-only parameters, with default and range; none that a `partial` has bound."""
     bound = function.keywords if isinstance(function, partial) else {}
     plain = function.func if isinstance(function, partial) else function
-    hints = get_type_hints(plain if inspect.isroutine(plain) else type(plain).__call__, include_extras=True)
     knobs = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY or name in bound:
@@ -81,9 +81,26 @@ def read_knobs(function: Callable) -> dict[str, Knob]:
             )
         if parameter.default is inspect.Parameter.empty:
             raise ValueError(f"`{name}` of `{called}` has no default: give it one, e.g. `*, {name}=1.0`.")
-        ranges = [extra for extra in getattr(hints.get(name), "__metadata__", ()) if isinstance(extra, Range)]
-        knobs[name] = Knob(parameter.default, ranges[0] if ranges else Range())
+        knobs[name] = Knob(parameter.default, _read_range(plain, parameter))
     return knobs
+
+
+def _read_range(function: Callable, parameter: inspect.Parameter) -> Range:
+    """The `Range` in the annotation of a knob, which may be a string; no limits without one."""
+    # Only the knob's annotation is resolved: `from __future__ import annotations` makes strings of all of them, and
+    # those of other parameters may name what is imported for type checkers alone.
+    routine = inspect.unwrap(function if inspect.isroutine(function) else type(function).__call__)
+    holder = SimpleNamespace(__annotations__={parameter.name: parameter.annotation})
+    try:
+        hints = get_type_hints(holder, getattr(routine, "__globals__", {}), include_extras=True)
+    except Exception as error:  # a string may hold any expression
+        raise ValueError(
+            f"`{parameter.name}` of `{getattr(function, '__name__', type(function).__name__)}` has the annotation "
+            f"{parameter.annotation!r}, which cannot be resolved ({error}): import its names at the top of the "
+            "module, not under `TYPE_CHECKING` or inside a function."
+        ) from None
+    extras = getattr(hints[parameter.name], "__metadata__", ())
+    return next((extra for extra in extras if isinstance(extra, Range)), Range())
 
 
 @dataclass(frozen=True)
@@ -112,14 +129,18 @@ class Design:
 
 
 class Shelf(dict[str, Design]):
-    """All designs of one kind, by name; a look-up that fails says which names exist."""
+    """All designs of one kind, by name; a look-up that fails says which names exist.
 
-    def __init__(self, kind: str):
+    `properties` are those that designs of this kind may declare.
+    """
+
+    def __init__(self, kind: str, properties: tuple[str, ...]):
         super().__init__()
         self.kind = kind
+        self.properties = properties
 
     def find(self, name: str) -> Design:
-        if name not in self:
+        if not isinstance(name, str) or name not in self:
             raise ValueError(
                 f"`{self.kind}={name!r}` is unknown. Known names: {', '.join(sorted(self))}. "
                 f"Register your own with `register_{self.kind}` before the configuration is made."
@@ -130,6 +151,12 @@ class Shelf(dict[str, Design]):
         """Put `function` on the shelf; without it, return a decorator. A name is registered once."""
         if not isinstance(name, str) or not name:
             raise ValueError(f"`name` must be a non-empty string, got {name!r}.")
+        unknown = [given for given in properties if given not in self.properties]
+        if unknown:
+            raise ValueError(
+                f"`{unknown[0]}` is no property of a {self.kind}: `register_{self.kind}` takes "
+                f"{', '.join(self.properties)}."
+            )
         if function is None:
             return lambda decorated: self.register(name, decorated, **properties)
         if name in self and self[name].function is not function:

@@ -19,7 +19,7 @@ from .registry import Count, Positive, Shelf, Unit
 from .tile import Tile, floor_of, tempered
 
 
-RESIDUALS = Shelf("residual")
+RESIDUALS = Shelf("residual", ("uses_prior", "uses_embeddings", "uses_token_weights", "is_policy"))
 
 
 def register_residual(name: str, function: Callable | None = None, **properties: Any) -> Callable:
@@ -30,16 +30,21 @@ def register_residual(name: str, function: Callable | None = None, **properties:
         function: `function(tile, *, knob=default, ...) -> log π̃ [n, V]`, log-probabilities that sum to one in every
             row; for a zero use `trl_qtarget.tile.floor_of(dtype)`, not `-inf`. `tile` is a
             [`Tile`][trl_qtarget.tile.Tile] of `n` scored tokens: `log_probs[n, V]`, `labels[n]`, `prior_logits[n, V]`
-            if `uses_prior`, `embeddings[V, H]` if `uses_embeddings`; do not write into them. Knobs as in
-            [`register_trust`][trl_qtarget.register_trust]. Without `function`, a decorator is returned.
+            if `uses_prior`, `embeddings[V, H]` and `nearest(k)` if `uses_embeddings`, `token_weights[n]` if
+            `uses_token_weights`; do not write into them. Knobs as in [`register_trust`][trl_qtarget.register_trust].
+            Without `function`, a decorator is returned.
         uses_prior: whether the function reads the prior.
         uses_embeddings: whether the function reads the output embeddings.
+        uses_token_weights: whether the function reads the dataset's per-token weights.
+        is_policy: `is_policy(knobs, prior_is_policy) -> bool`, whether with these knobs the result is the policy's own
+            distribution; it is then not computed. Default: never.
 
     Returns:
         The function, or a decorator.
 
     Raises:
-        ValueError: the name is taken, or a keyword-only parameter is not a knob of `QTargetConfig`.
+        ValueError: the name is taken, a keyword-only parameter is not a knob of `QTargetConfig`, or a property is not
+            one of the above.
 
     Example:
         >>> @register_residual("tempered")

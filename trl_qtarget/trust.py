@@ -14,7 +14,7 @@ from .registry import AtLeastTwo, NonNegative, Positive, Shelf, Unit
 from .tile import LabelStatistics, Tile
 
 
-TRUSTS = Shelf("trust")
+TRUSTS = Shelf("trust", ("uses_prior", "per_sequence", "uses_token_weights"))
 
 
 def register_trust(name: str, function: Callable | None = None, **properties: Any) -> Callable:
@@ -37,7 +37,8 @@ def register_trust(name: str, function: Callable | None = None, **properties: An
         The function, or a decorator.
 
     Raises:
-        ValueError: the name is taken, or a keyword-only parameter is not a knob of `QTargetConfig`.
+        ValueError: the name is taken, a keyword-only parameter is not a knob of `QTargetConfig`, or a property is not
+            one of the above.
 
     Example:
         >>> @register_trust("root")
@@ -112,7 +113,10 @@ def importance(labels: LabelStatistics, *, temperature: Positive = 1.0, clip_max
 
 @register_trust("clipped_ratio", uses_prior=True)
 def clipped_ratio(tile: Tile, *, epsilon: NonNegative = 0.28) -> Tensor:
-    """γ = r·1[r < 1 + epsilon], r = p_y/π_prior(y): no push where the policy has already moved far enough."""
+    """γ = r·1[r < 1 + epsilon], r = p_y/π_prior(y): no push where the policy has already moved far enough.
+
+    Where both probabilities are zero, as for a masked token, r = 1: the policy has not moved.
+    """
     ratio = (tile.label_log_probs - tile.prior_label_log_probs).exp()
     return torch.where(ratio < 1 + epsilon, ratio, 0.0)
 
