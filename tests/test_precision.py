@@ -172,6 +172,21 @@ def test_float32_weight_gradient_under_autocast_is_a_float32_sum():
         assert (fast[key] - truth[key]).norm() < 8 * EPS * truth[key].norm(), key
 
 
+@pytest.mark.parametrize(
+    ("hidden_dtype", "weight_dtype"),
+    [(torch.float64, torch.float64), (torch.float64, torch.float32), (torch.float32, torch.float64)],
+    ids=str,
+)
+def test_float64_is_left_alone_by_autocast(hidden_dtype, weight_dtype):
+    # As by PyTorch's own products: float64 is asked for where its digits are wanted.
+    problem = make_problem(13, 37, 6, 17)
+    hidden, weight = problem.hidden.to(hidden_dtype), problem.weight.to(weight_dtype)
+    expected = linear_qtarget_loss(hidden.double(), weight.double(), problem.labels, "dft").loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_qtarget_loss(hidden, weight, problem.labels, "dft").loss
+    assert loss.dtype == torch.float64 and torch.equal(loss, expected)
+
+
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32], ids=str)
 def test_float16_gradients_under_a_loss_scale(weight_dtype):
     # A gradient scaler multiplies the loss so that float16 gradients do not underflow: here each token counts 1e-5.
