@@ -1,5 +1,6 @@
 """Tensors that do not fit: refused with the argument, the cause and the remedy."""
 
+import math
 import re
 
 import pytest
@@ -166,6 +167,16 @@ def test_embeddings_that_are_missing(way):
     refused(message, way, config, embeddings=None)
 
 
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_embeddings_that_do_not_fit(way):
+    neighbors = QTargetConfig(None, trust="one", residual="neighbors")
+    for config in (neighbors, "sft"):  # a mistake even where nothing reads them
+        for shape in ([VOCABULARY + 1, WIDTH], [WIDTH, VOCABULARY], [VOCABULARY], [1, VOCABULARY, WIDTH]):
+            message = f"`embeddings` must be the output embeddings [V, H] of the same vocabulary, [11, H], got {shape}"
+            refused(message, way, config, embeddings=torch.zeros(shape))
+    refused("of torch.int64: pass the weight of the LM head", way, embeddings=torch.ones(VOCABULARY, WIDTH).long())
+
+
 def test_reduction_that_is_unknown():
     message = "`reduction='average'` is unknown: choose 'mean', 'sum' or 'none'."
     refused(message, "qtarget_loss", reduction="average")
@@ -185,6 +196,9 @@ def test_induced_target_of_something_that_is_no_per_token_loss():
     gradient = re.escape("`loss_fn` returned a loss without gradient: compute it from `logits` differentiably.")
     with pytest.raises(ValueError, match=gradient):
         induced_target(lambda z, y: z.detach().sum(-1), logits, labels)
+    parameter = torch.zeros(3, requires_grad=True)  # differentiable, but not with respect to the logits
+    with pytest.raises(ValueError, match=gradient):
+        induced_target(lambda z, y: parameter * 2, logits, labels)
 
 
 # --- arguments of the fused loss ---
@@ -206,6 +220,19 @@ def test_a_prior_in_halves():
     message = "`prior_hidden` and `prior_weight` belong together: pass both or none."
     for missing in ("prior_hidden", "prior_weight"):
         refused(message, "linear_qtarget_loss", **{missing: None})
+    message = "`prior_bias` is a bias without a head: pass `prior_hidden` and `prior_weight` with it."
+    refused(message, "linear_qtarget_loss", prior_hidden=None, prior_weight=None)
+
+
+def test_a_number_of_items_that_is_none():
+    way = "linear_qtarget_loss"
+    for items in (-1, -0.5, math.nan, torch.tensor(-3), torch.tensor([2, 3]), torch.tensor([])):
+        message = f"`num_items_in_batch` must be one number >= 0, got {items}: pass the number of labelled tokens"
+        refused(message, way, num_items_in_batch=items)
+    problem = make_problem(TOKENS, VOCABULARY, WIDTH, 0)
+    for items in (3, 3.0, torch.tensor(3), torch.tensor([3])):
+        output = linear_qtarget_loss(problem.hidden, problem.weight, problem.labels, "sft", num_items_in_batch=items)
+        assert output.loss.shape == () and torch.equal(output.loss, output.token_loss.sum() / 3)
 
 
 def test_a_prior_that_does_not_fit():

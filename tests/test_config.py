@@ -1,5 +1,6 @@
 """`QTargetConfig`: what is refused and how, what the defaults are, and the forms it is read from."""
 
+import dataclasses
 import json
 import math
 import os
@@ -80,6 +81,13 @@ def test_unknown_names_list_the_known_ones():
     with pytest.raises(ValueError, match=r"`residual='rest'` is unknown. Known names: ") as error:
         QTargetConfig(None, trust="one", residual="rest")
     assert all(name in str(error.value) for name in RESIDUALS) and "register_residual" in str(error.value)
+
+
+@pytest.mark.parametrize("name", [["sft"], {"sft": 1}, 3, ("one",)], ids=str)
+def test_names_of_another_type(name):
+    refused(f"`method={name!r}` is unknown. Known methods: ", method=name)
+    refused(f"`trust={name!r}` is unknown. Known names: ", method=None, trust=name, residual="policy")
+    refused(f"`residual={name!r}` is unknown. Known names: ", method=None, trust="one", residual=name)
 
 
 def test_a_free_combination_names_both_designs():
@@ -207,6 +215,8 @@ def test_kernel_chunk_tokens_and_token_weight_column():
     refused("`kernel='cuda'` is unknown: choose one of auto, torch", kernel="cuda")
     for kernel in KERNELS:
         assert QTargetConfig(kernel=kernel).kernel == kernel
+    help_of = {field.name: field.metadata.get("help", "") for field in dataclasses.fields(QTargetConfig)}
+    assert "both values mean the same" in help_of["kernel"]
     for value in (0, -5, 1.0, "8", True):
         refused(f"`chunk_tokens={value!r}` is out of range: it must be an integer >= 1.", chunk_tokens=value)
     refused("`token_weight_column` is not used by `method='sft'`: remove it", method="sft", token_weight_column="w")

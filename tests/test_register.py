@@ -4,6 +4,7 @@ import math
 from functools import partial
 from typing import Annotated
 
+import postponed
 import pytest
 import torch
 from formulas import free_combination, importance, log_p, make_problem, of_label, relative_error
@@ -221,6 +222,36 @@ def test_a_trust_may_return_another_dtype():
     assert_exact(formula, QTargetConfig(None, trust="rare", residual="policy"), False)
 
 
+@pytest.mark.parametrize("way", ["dense", "fused"])
+def test_a_trust_that_asks_a_tile_for_whole_sequences(way):
+    # A tile of the fused loss is a block of tokens: the mean over it would be silently wrong.
+    @register_trust("undeclared")
+    def undeclared(tile):
+        return tile.sequence_mean(tile.label_probs)
+
+    problem = make_problem(13, 37, 6, 6)
+    config = QTargetConfig(None, trust="undeclared", residual="policy", chunk_tokens=4)
+    message = r"`sequence_mean` is not known to a tile.*: register the trust with `per_sequence=True`"
+    with pytest.raises(ValueError, match=message):
+        if way == "dense":
+            qtarget_loss(problem.logits(), problem.labels, config, **problem.dense_arguments())
+        else:
+            linear_qtarget_loss(problem.hidden, problem.weight, problem.labels, config, **problem.linear_arguments())
+
+
+def test_a_residual_that_reads_the_token_weights():
+    @register_residual("weighted", uses_token_weights=True)
+    def weighted(tile):
+        return torch.log_softmax(tile.log_probs * tile.token_weights[:, None], dim=-1)
+
+    config = QTargetConfig(None, trust="probability", residual="weighted")
+    assert config.uses_token_weights
+    formula = lambda x: (x.log_probs * x.token_weights[:, None]).softmax(-1)  # noqa: E731
+    assert_exact(free_combination(lambda x, p: p, formula), config, False)
+    with pytest.raises(ValueError, match=r"`token_weights` is missing: the residual 'weighted' reads one weight"):
+        qtarget_loss(torch.zeros(2, 3), torch.tensor([0, 1]), config)
+
+
 # --- files and messages ---
 
 
@@ -273,6 +304,39 @@ def test_a_design_that_cannot_be_registered(register, kind):
     with pytest.raises(ValueError, match=r"`lam` of `without_default` has no default: give it one"):
         register("without_default", without_default)
     assert "strange" not in TRUSTS | RESIDUALS and "without_default" not in TRUSTS | RESIDUALS
+
+
+@pytest.mark.parametrize("design", [postponed.focal, postponed.Focal(), partial(postponed.focal)], ids=type)
+def test_annotations_that_are_strings(design):
+    register_trust("postponed", design)
+    assert QTargetConfig(None, trust="postponed", residual="policy").knobs == {"beta": 2.0}
+    with pytest.raises(ValueError, match=r"`beta=0` is out of range: it must be a number > 0"):
+        QTargetConfig(None, trust="postponed", residual="policy", beta=0)
+
+
+@pytest.mark.parametrize("register", [register_trust, register_residual])
+def test_an_annotation_that_cannot_be_resolved(register):
+    message = (
+        r"`lam` of `unresolved` has the annotation 'Unit', which cannot be resolved .*: import its names at the top"
+    )
+    with pytest.raises(ValueError, match=message):
+        register("unresolved", postponed.unresolved)
+    assert "unresolved" not in TRUSTS | RESIDUALS
+
+
+def test_properties_that_a_design_cannot_have():
+    wrong = {
+        register_trust: ("uses_priors", "uses_embeddings", "is_policy", "name_"),
+        register_residual: ("uses_priors", "per_sequence"),
+    }
+    for register, names in wrong.items():
+        kind = "trust" if register is register_trust else "residual"
+        for name in names:
+            message = rf"`{name}` is no property of a {kind}: `register_{kind}` takes uses_prior, "
+            for design in (lambda tile: tile.log_probs, None):  # by call and as a decorator
+                with pytest.raises(ValueError, match=message):
+                    register("wrong", design, **{name: True})
+    assert "wrong" not in TRUSTS | RESIDUALS
 
 
 def test_other_values_are_bound_with_partial():
