@@ -1,0 +1,70 @@
+"""What the fused loss allocates: chunks of logits, and little beside them."""
+
+import weakref
+
+import pytest
+import torch
+from formulas import make_problem
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trl_qtarget import METHODS, QTargetConfig, linear, linear_qtarget_loss, tile
+
+
+# All is 2**10 times smaller than by default; what is per token or per vocabulary entry stays small beside it.
+SHRINK = 10
+TOKENS, VOCABULARY, WIDTH = 512, 1024, 4
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the storages that were made inside and lived at the same time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for value in args:
+            if isinstance(value, torch.Tensor):
+                self.known.add(value.untyped_storage())
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, torch.Tensor):
+                self._count(value.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self.known:
+            self.known.add(storage)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._release, storage.nbytes())
+
+    def _release(self, size: int) -> None:
+        self.live -= size
+
+
+@pytest.fixture
+def chunk_bytes(monkeypatch):
+    """Sizes as on an accelerator, but smaller; returns the bytes of a chunk of float32 logits."""
+    for name in ("_CHUNK_ELEMENTS", "_DEFAULT_BLOCK_ELEMENTS"):
+        monkeypatch.setattr(linear, name, getattr(linear, name) >> SHRINK)
+    monkeypatch.setattr(tile, "_SEARCH_ELEMENTS", tile._SEARCH_ELEMENTS >> SHRINK)
+    monkeypatch.setattr(linear, "_BLOCK_ELEMENTS", {})
+    assert TOKENS * VOCABULARY > 4 * linear._CHUNK_ELEMENTS
+    return 4 * linear._CHUNK_ELEMENTS
+
+
+@pytest.mark.parametrize("name", [*METHODS, "neighbors"])
+def test_memory_of_the_loss(name, chunk_bytes):
+    problem = make_problem(TOKENS, VOCABULARY, WIDTH, 40, bias=False)
+    free = QTargetConfig(None, trust="probability", residual="neighbors", top_k=2)
+    config = free if name == "neighbors" else QTargetConfig(name)
+    arguments = problem.linear_arguments()
+    arguments = {key: x.float() if torch.is_tensor(x) and x.is_floating_point() else x for key, x in arguments.items()}
+    hidden, weight = (x.float().requires_grad_() for x in (problem.hidden, problem.weight))
+    with PeakMemory() as memory:
+        linear_qtarget_loss(hidden, weight, problem.labels, config, **arguments)
+    # A chunk of the policy's logits, one of the prior's, and about one more in blocks; see `docs/design.md`.
+    chunks = 1 + config.objective(has_prior=True).uses_prior
+    assert chunks < memory.peak / chunk_bytes < chunks + 1.2
