@@ -126,7 +126,21 @@ def test_adapter_that_takes_from_the_base_is_no_base_prior(init):
 @pytest.mark.parametrize("method", ["sft", "asft"])
 def test_adapter_on_the_head(method):
     peft = LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
-    refused("Applying a PEFT adapter to `lm_head` is not supported", method=method, peft_config=peft)
+    refused("`lm_head`", method=method, peft_config=peft)
+    refused("`lm_head`", method=method, peft_config=peft, options={"loss_type": "nll"})
+
+
+def test_adapter_on_the_head_of_a_reference_model():
+    peft = LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
+    teacher = get_peft_model(warm_model(), peft)
+    refused("pass `ref_model.merge_and_unload()`", method="distill", ref_model=teacher)
+    make_trainer(
+        QTargetSFTTrainer,
+        tiny.text_dataset(4),
+        warm_model(),
+        qtarget_config="distill",
+        ref_model=teacher.merge_and_unload(),
+    )
 
 
 # --- the SFTConfig ---

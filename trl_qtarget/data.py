@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl.data_utils import get_dataset_column_names, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-from trl.trainer.utils import global_then_local_main_first
 
 
 WEIGHTS_KEY = "token_weights"
@@ -106,7 +106,9 @@ def prepare_with_columns(
     dataset = prepare(dataset, processing_class, plain, False, formatting_func, dataset_name)
     token_columns = ["input_ids", "labels"] + ([columns.weights] if columns.weights is not None else [])
 
-    with global_then_local_main_first():
+    state = PartialState()
+    # As TRL does it: once where all processes share a cache, else once per node.
+    with state.main_process_first(), state.local_main_process_first():
         if columns.weights is not None:
             dataset = _map(dataset, args, _checked(columns.weights), f"Checking weights of {dataset_name} dataset")
         if packing:

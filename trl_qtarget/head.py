@@ -170,7 +170,16 @@ def add_target_head(model: PreTrainedModel) -> None:
 
     Args:
         model: the causal language model itself, not its PEFT wrapper.
+
+    Raises:
+        ValueError: if the LM head has an adapter of its own, which products with its weight would leave out.
     """
+    if hasattr(model.get_output_embeddings(), "base_layer"):  # PEFT's mark of an adapted layer
+        raise ValueError(
+            f"`lm_head` of this {type(model).__name__} has a PEFT adapter, which the fused loss would leave out: take "
+            "it out of `target_modules`, or train it whole with `modules_to_save`. If the model is a `ref_model`, "
+            "pass `ref_model.merge_and_unload()`."
+        )
     original_forward = model.forward
     text_config = model.config.get_text_config()
 

@@ -3,7 +3,8 @@
 import inspect
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +14,7 @@ from accelerate.utils import DistributedType, is_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from .checkpoints import check_checkpoint, last_whole_checkpoint
 from .config import QTargetConfig
@@ -88,7 +89,12 @@ class QTargetSFTTrainer(SFTTrainer):
         super().__init__(model, args, *sft_args, **sft_kwargs)
 
         _refuse_what_cannot_work(self.accelerator)
-        # A subclass of it is the user's own, and left alone.
+        # A subclass of TRL's collators is the user's own, and left alone.
+        if self._token_columns and type(self.data_collator) is DataCollatorForVisionLanguageModeling:
+            raise ValueError(
+                "`token_weight_column` counts the tokens of a text, and the tokens of images are made in the data "
+                "collator: pass a `data_collator` that returns `token_weights`, or a text dataset."
+            )
         if self._token_columns and type(self.data_collator) is DataCollatorForLanguageModeling:
             self.data_collator = TokenColumnCollator.extending(self.data_collator, self._token_columns)
         add_target_head(base_model_of(self.model))
@@ -161,8 +167,9 @@ class QTargetSFTTrainer(SFTTrainer):
         inputs["use_cache"] = False
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
-        request = self._request(inputs)
-        outputs = model(**inputs, qtarget=request, num_items_in_batch=num_items_in_batch)
+        with _explaining_truncated_images(self.args.max_length):
+            request = self._request(inputs)
+            outputs = model(**inputs, qtarget=request, num_items_in_batch=num_items_in_batch)
         loss = self._scaled(outputs, num_items_in_batch)
         self._record(outputs, inputs)
         if not return_outputs:
@@ -196,7 +203,9 @@ class QTargetSFTTrainer(SFTTrainer):
         # The auxiliary loss is a mean of one micro-batch, so it is averaged over the accumulation steps.
         if self.aux_loss_enabled:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+            # TRL 1.13 has the coefficient in its arguments only.
+            coefficient = getattr(self, "router_aux_loss_coef", self.args.router_aux_loss_coef)
+            loss = loss + coefficient * outputs.aux_loss / steps
         return loss
 
     # --- metrics: sums over all ranks that stay on the device until they are logged ---
@@ -217,7 +226,7 @@ class QTargetSFTTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
         metrics, totals = self._metrics[mode], self._totals.pop(mode, None)
-        self._total_train_tokens += int(self._new_tokens) // self._tp_size
+        self._total_train_tokens += int(self._new_tokens) // self.get_tp_size()
         self._new_tokens = 0
         for key, values in metrics.items():
             metrics[key] = [value.item() if isinstance(value, Tensor) else value for value in values]
@@ -319,6 +328,20 @@ def _token_columns(config: QTargetConfig, given: dict[str, Any]) -> TokenColumns
     return TokenColumns(weights, documents)
 
 
+@contextmanager
+def _explaining_truncated_images(max_length: int | None) -> Iterator[None]:
+    """Name the remedy where a model says that `max_length` has cut off a part of an image's tokens."""
+    try:
+        yield
+    except ValueError as error:
+        if max_length is None or "Image features and image tokens do not match" not in str(error):
+            raise
+        raise ValueError(
+            f"`max_length` ({max_length}) cuts off image tokens whose image is still there: raise it, or set it to "
+            "None so that nothing is truncated."
+        ) from error
+
+
 def _refuse_what_cannot_work(accelerator: Accelerator) -> None:
     parallelism = accelerator.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
@@ -334,9 +357,9 @@ def _refuse_what_cannot_work(accelerator: Accelerator) -> None:
 
 
 def _sequences_of(inputs: Mapping[str, Any]) -> Tensor:
-    """Which document each token of a batch belongs to, `[B, T]`: told by padding-free batches, else one per row."""
-    if "seq_idx" in inputs:
-        return inputs["seq_idx"].long()
+    """Which document each token of a batch belongs to, `[B, T]`: one per row, but for padding-free batches."""
+    if "attention_mask" not in inputs:  # the collator flattens rows into one, and starts each document at position 0
+        return (inputs["position_ids"] == 0).cumsum(-1)
     labels = inputs["labels"]
     return torch.arange(labels.size(0), device=labels.device)[:, None].expand_as(labels)
 
