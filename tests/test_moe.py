@@ -6,6 +6,7 @@ from peft import LoraConfig
 from training import (
     DENSE_TOLERANCE,
     SAME,
+    TRL_BEFORE_1_15,
     batches,
     check_equals_dense,
     dense_loss,
@@ -87,6 +88,7 @@ def test_prior_does_not_reach_the_router(prior):
     check_equals_dense(run.trainer, model())
 
 
+@pytest.mark.skipif(TRL_BEFORE_1_15, reason="this TRL does not average it over accumulation steps")
 def test_auxiliary_loss_moves_the_routers_as_in_trl():
     """With a weight this large the load balance is most of the loss."""
     options = {"router_aux_loss_coef": 5.0, "learning_rate": 0.05}

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
-from training import Run, make_trainer, train, warm_model
+from training import TRL_BEFORE_1_15, Run, make_trainer, train, warm_model
 from trl import SFTTrainer
 
 from trl_qtarget import QTargetSFTTrainer
@@ -80,6 +80,13 @@ CASES = {
 }
 
 
+# Where an older TRL is no truth (`TRL_BEFORE_1_15`).
+_NO_TRUTH = [
+    ("moe", "dft"),
+    *((name, method) for name in ("moe_accumulation", "prompt_tuning", "prefix_tuning") for method in ("sft", "dft")),
+]
+
+
 def run(cls: type[SFTTrainer], case: Case, optim: str, options: dict[str, Any], **arguments: Any) -> Run:
     return train(
         cls,
@@ -109,6 +116,8 @@ def check_same_logs(ours: list[dict], theirs: list[dict], names: tuple[str, ...]
 @pytest.mark.parametrize(("method", "loss_type"), [("sft", "nll"), ("dft", "dft")])
 @pytest.mark.parametrize("name", CASES)
 def test_training_equals_trl(name, method, loss_type, optim):
+    if TRL_BEFORE_1_15 and (name, method) in _NO_TRUTH:
+        pytest.skip("this TRL has another loss here")
     case = CASES[name]
     theirs = run(SFTTrainer, case, optim, {"loss_type": loss_type})
     ours = run(QTargetSFTTrainer, case, optim, {}, qtarget_config=method)

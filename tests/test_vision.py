@@ -11,6 +11,7 @@ from tiny_vision import FAMILIES
 from training import (
     DENSE_TOLERANCE,
     SAME,
+    TRL_BEFORE_1_15,
     check_equals_dense,
     dense_loss,
     first_batch,
@@ -146,6 +147,8 @@ def test_every_trained_weight_moves(peft):
     ],
 )
 def test_training_equals_trl(family, method, loss_type, peft):
+    if TRL_BEFORE_1_15 and (family, method) == (MOE, "dft"):
+        pytest.skip("this TRL has no auxiliary loss here")
     both = {"steps": 3, "peft_config": peft, "eval_dataset": tiny_vision.chat_dataset(4, seed=5)}
     options = {"eval_strategy": "steps", "eval_steps": 3}
     ours = run_target(family, method, options=options, **both)

@@ -9,7 +9,9 @@ from typing import Any
 
 import tiny
 import torch
+import trl
 from datasets import Dataset, IterableDataset
+from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback
 from trl import SFTConfig, SFTTrainer
@@ -41,6 +43,11 @@ def _warm_model(make: Callable[[], PreTrainedModel], steps: int) -> PreTrainedMo
 def warm_model(make: Callable[[], PreTrainedModel] = tiny.model, steps: int = 20) -> PreTrainedModel:
     """A tiny model that has learned a little: labels of every probability, so no method's gradient vanishes."""
     return copy.deepcopy(_warm_model(make, steps)).eval()
+
+
+# Before 1.15, TRL's losses had no auxiliary loss in "dft", did not average it over accumulation steps, and scored
+# prompt learning otherwise: there they are no truth to compare with.
+TRL_BEFORE_1_15 = Version(trl.__version__) < Version("1.15")
 
 
 def sft_config(output_dir: str | None = None, **options: Any) -> SFTConfig:

@@ -203,9 +203,7 @@ class QTargetSFTTrainer(SFTTrainer):
         # The auxiliary loss is a mean of one micro-batch, so it is averaged over the accumulation steps.
         if self.aux_loss_enabled:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            # TRL 1.13 has the coefficient in its arguments only.
-            coefficient = getattr(self, "router_aux_loss_coef", self.args.router_aux_loss_coef)
-            loss = loss + coefficient * outputs.aux_loss / steps
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         return loss
 
     # --- metrics: sums over all ranks that stay on the device until they are logged ---
