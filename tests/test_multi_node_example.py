@@ -97,7 +97,7 @@ def slurm(tmp_path):
     command("scontrol", f'if [ "$1" = show ]; then echo localhost; else echo "$@" > {tmp_path}/asked; fi')
     command(
         "srun",
-        'while [[ $1 == -* ]]; do shift; done\nSLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@" && wait $!',
+        'while [[ $1 == -* ]]; do shift; done\nSLURM_NODEID=0 "$@" & SLURM_NODEID=1 "$@" & wait -n && wait -n',
     )
     own = variables(tmp_path)
     return own | {
