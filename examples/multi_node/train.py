@@ -65,7 +65,7 @@ def main() -> None:
         print(f"Resuming from {checkpoint}" if checkpoint else "Starting from the beginning", flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    trainer.accelerator.wait_for_everyone()  # rank 0 is still writing, and the first to leave would look like a failure
+    trainer.accelerator.wait_for_everyone()  # rank 0 is still writing; who left before would look like a failure
     trainer.accelerator.end_training()
 
 
