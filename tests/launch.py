@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,12 +23,25 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+# DeepSpeed compiles an extension when it first runs. Each environment has its own, so that two do not meet.
+_EXTENSIONS = Path(sys.prefix) / "torch_extensions"
+
+
+def _remove_stale_locks() -> None:
+    """A job that is killed while it compiles leaves a lock that torch waits for without end."""
+    for lock in _EXTENSIONS.glob("*/lock"):
+        if time.time() - lock.stat().st_mtime > 180:
+            lock.unlink(missing_ok=True)
+
+
 def environment() -> dict[str, str]:
     """Of a job on CPU processes: one thread each, this checkout's package, no progress bars."""
+    _remove_stale_locks()
     paths = [str(_HERE.parent), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "TORCH_EXTENSIONS_DIR": str(_EXTENSIONS),
         "OMP_NUM_THREADS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
