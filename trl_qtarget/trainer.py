@@ -272,6 +272,14 @@ class QTargetSFTTrainer(SFTTrainer):
         if self.args.should_save:
             self.qtarget_config.save_pretrained(output_dir or self.args.output_dir)
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # PEFT reads adapters as float32, but those of a quantised model are trained in bfloat16: the run would go on
+        # with other roundings than it began with, and need more memory.
+        dtypes = {name: value.dtype for name, value in self.model.named_parameters() if value.requires_grad}
+        super()._load_from_checkpoint(*args, **kwargs)
+        for name, value in self.model.named_parameters():
+            value.data = value.data.to(dtypes.get(name, value.dtype))
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self._prior is not None:
