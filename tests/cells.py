@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import quantized
 import tiny
 import torch
 from accelerate.state import AcceleratorState
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from training import sft_config, warm_model
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
 from trl_qtarget import QTargetConfig, QTargetSFTTrainer
 from trl_qtarget.shards import gather, in_zero3, share
@@ -39,7 +40,8 @@ class Cell:
     """Which target, from which prior, trained in full or with LoRA; `options` go to the SFTConfig.
 
     `fills` says whether several processes repeat rows to fill the last batch, as they do without accumulation;
-    `by_path`, whether the trainer loads the models itself, which ZeRO-3 then shards while they are loaded.
+    `by_path`, whether the trainer loads the models itself, which ZeRO-3 then shards while they are loaded; `policy` and
+    `reference` name the formats of `quantized.FORMATS` and are empty for unquantised models.
     """
 
     method: str
@@ -49,6 +51,8 @@ class Cell:
     name: str = ""
     fills: bool = True
     by_path: bool = False
+    policy: str = ""
+    reference: str = ""
 
     def __str__(self) -> str:
         kind = "-lora" if self.peft else ""
@@ -122,6 +126,7 @@ def make(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOr
     peft = None
     if cell.peft:
         peft = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    policy, reference = _models(cell)
     options = {
         "per_device_train_batch_size": GLOBAL_BATCH // processes,
         "per_device_eval_batch_size": GLOBAL_BATCH // processes,
@@ -131,7 +136,6 @@ def make(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOr
         "seed": 0,
     }
     config = QTargetConfig(cell.method, prior=cell.prior, prior_sync_steps=2 if cell.prior == "lagged" else None)
-    policy, reference = warm_model(), warm_model(steps=12) if cell.prior == "model" else None
     if cell.by_path:
         folder = Path(output_dir).parent
         save_models(folder)
@@ -147,7 +151,18 @@ def make(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOr
         peft_config=peft,
     )
     trainer.remove_callback(PrinterCallback)
+    if cell.policy:
+        quantized.full_precision(trainer.model)
     return trainer
+
+
+def _models(cell: Cell) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """The policy and the reference model of a cell."""
+    plain = quantized.plain if cell.policy or cell.reference else warm_model
+    policy = quantized.quantized(cell.policy) if cell.policy else plain()
+    if cell.prior != "model":
+        return policy, None
+    return policy, quantized.quantized(cell.reference, steps=12) if cell.reference else plain(steps=12)
 
 
 def result_of(trainer: QTargetSFTTrainer, facts: dict[str, Any] | None = None) -> Result:
