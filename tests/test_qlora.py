@@ -1,0 +1,179 @@
+"""QLoRA on one card: the example runs with real NF4, and its account of memory is what a real step takes."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+
+pytest.importorskip("bitsandbytes")
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
+
+import memory
+import qlora
+import quantized
+import tiny
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from training import check_equals_dense, trainable, worst
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks.qlora import TensorMemory, measure, stored_bytes, whole_chunks
+from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss
+from trl_qtarget.priors import AdapterOffPrior
+
+
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    pairs = zip(tiny.sentences(40, 1, 6), tiny.sentences(40, 2), strict=True)
+    file.write_text("".join(json.dumps({"prompt": prompt, "completion": f" {text}"}) + "\n" for prompt, text in pairs))
+    return file
+
+
+@pytest.fixture
+def command(rows, tmp_path):
+    """Arguments of a run of some steps on the tiny model."""
+
+    def arguments(*more: str, steps: int = 2, output_dir: Path = tmp_path / "out") -> list[str]:
+        given = ["--model", quantized.folder(), "--dataset", str(rows), "--output_dir", str(output_dir)]
+        small = ["--max_length", "64", "--accumulation", "2", "--max_steps", str(steps), "--lora_rank", "4"]
+        return [*given, *small, "--learning_rate", "0.01", "--method", "asft", *more]
+
+    return arguments
+
+
+# --- the example ---
+
+
+def test_example_trains_the_adapters_alone(command, tmp_path):
+    trainer = qlora.main(command("--chunk_tokens", "7"))
+    model = trainer.model.get_base_model()
+    layers = [module for module in model.model.modules() if hasattr(module, "base_layer")]
+    assert len(layers) == 2 * 7 and all(layer.base_layer.weight.quant_state.nested for layer in layers)
+    assert trainer.args.gradient_checkpointing and trainer.padding_free
+    assert trainer.qtarget_config == QTargetConfig("asft", chunk_tokens=7)
+    assert isinstance(trainer._prior, AdapterOffPrior)
+    assert all("lora_" in name for name in trainable(trainer.model))
+
+    untouched = quantized.quantized("nf4")
+    for name, value in untouched.named_parameters():
+        name = name if value.dtype.is_floating_point else name.replace(".weight", ".base_layer.weight")
+        assert torch.equal(model.get_parameter(name), value)
+
+    loaded = PeftModel.from_pretrained(untouched, tmp_path / "out", is_trainable=True)
+    assert worst(trainable(loaded), trainable(trainer.model)) == 0
+    assert all(value.any() for name, value in trainable(loaded).items())
+    assert QTargetConfig.from_pretrained(tmp_path / "out") == trainer.qtarget_config
+
+
+def test_example_resumes(command, tmp_path):
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    qlora.main(command("--save_steps", "2", steps=4, output_dir=whole))
+    shutil.copytree(whole / "checkpoint-2", rest / "checkpoint-2")
+    trainer = qlora.main(command("--save_steps", "2", "--resume", steps=4, output_dir=rest))
+    assert [line["step"] for line in trainer.state.log_history if "loss" in line] == [1, 2, 3, 4]
+    assert trainer.state.global_step == 4 and not (rest / "checkpoint-1").exists()
+    assert worst(load_file(rest / ADAPTER), load_file(whole / ADAPTER)) < 1e-6
+
+
+def test_example_with_a_teacher_in_nf4(command):
+    trainer = qlora.main(command("--method", "distill", "--ref_model", quantized.folder(12), steps=1))
+    assert trainer._prior.causal_model.is_loaded_in_4bit
+
+
+def test_example_names_a_missing_file():
+    with pytest.raises(SystemExit, match=r"--dataset nowhere\.jsonl"):
+        qlora.load_rows("nowhere.jsonl")
+
+
+def test_base_prior_has_no_weights_of_its_own(command):
+    def trainer_and_bytes(method: str):
+        trainer = qlora.make_trainer(qlora.parse_arguments(command("--method", method)))
+        modules = [value for value in vars(trainer._prior or trainer).values() if isinstance(value, torch.nn.Module)]
+        assert all(module is trainer.model for module in modules)
+        return trainer, stored_bytes(trainer.model.parameters())
+
+    (_, without), (trainer, with_prior) = trainer_and_bytes("dft"), trainer_and_bytes("asft")
+    assert with_prior == without
+    trainer.model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    states = trainer._prior.states({name: value for name, value in batch.items() if name != "labels"})
+    assert states.head().weight is trainer.model.get_output_embeddings().weight
+    assert stored_bytes(trainer.model.parameters()) == without
+
+
+def test_loss_and_gradients_equal_the_dense_ones(command):
+    trainer = qlora.main(command())
+    quantized.full_precision(trainer.model)
+
+    def adapters_off(**inputs):
+        with trainer.model.disable_adapter():
+            return trainer.model(**inputs)
+
+    check_equals_dense(trainer, adapters_off)
+
+
+# --- the account ---
+
+
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 448,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
+
+
+def llama(**sizes):
+    return LlamaForCausalLM(LlamaConfig(**SIZES | sizes))
+
+
+def qwen3(**sizes):
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES | {"head_dim": 32} | sizes))
+
+
+@pytest.mark.parametrize(
+    ("make", "sizes"),
+    [(llama, {}), (llama, {"vocab_size": 8192}), (llama, {"tie_word_embeddings": True}), (qwen3, {})],
+    ids=["llama", "large-vocabulary", "tied", "qwen3"],
+)
+def test_account_is_what_a_step_takes(make, sizes, tmp_path):
+    make(**sizes).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    lines = measure(str(tmp_path), tokens=512)
+    for name in ("linear layers, NF4", "embeddings, head, norms, bfloat16", "adapters", "their gradients"):
+        measured, computed = lines.pop(name)
+        assert computed == pytest.approx(measured, rel=0.01), name
+    assert len(lines) == 2
+    for name, (measured, computed) in lines.items():
+        assert computed == pytest.approx(measured, rel=0.05), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_buffers_of_the_loss(method):
+    N, H, V = 128, 16, 4096
+    hidden, weight, labels = torch.randn(N, H, requires_grad=True), torch.randn(V, H), torch.randint(0, V, (N,))
+    prior = {"prior_hidden": torch.randn(N, H), "prior_weight": torch.randn(V, H)}
+    uses_prior = QTargetConfig(method).objective(has_prior=True).uses_prior
+    given = (prior if uses_prior else {}) | ({"token_weights": torch.rand(N)} if method == "cft" else {})
+    with whole_chunks(), TensorMemory() as tensors:
+        linear_qtarget_loss(hidden, weight, labels, method, **given)
+    assert tensors.peak / (N * V * 4) == pytest.approx(memory.LOSS_BUFFERS[method], rel=0.02)
+
+
+def test_account_of_8_billion_parameters():
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
+    config = LlamaConfig(num_attention_heads=32, num_key_value_heads=8, **sizes)
+    account = memory.account(config)
+    assert sum(rows * columns for rows, columns in memory.Shapes.of(config).linear) == 6_979_321_856
+    assert 10.4e9 < account.total < 10.6e9
+    assert account.dense > 24e9
