@@ -5,7 +5,7 @@
 The model is really quantised to NF4 and one step of two micro-batches really runs, with the options of
 `examples/qlora.py`, in bfloat16. Counted are the bytes of all tensors alive, as every operation makes them and the
 last reference to them goes: the same on a CPU as on a GPU, up to what happens inside single operations. As on CUDA,
-the loss works on a chunk as a whole. The peaks are those of the second micro-batch, when gradients are kept.
+the loss works on blocks as large as on CUDA. The peaks are those of the second micro-batch, when gradients are kept.
 """
 
 import argparse
@@ -82,8 +82,8 @@ def stored_bytes(parameters: Iterator[nn.Parameter]) -> int:
 
 
 @contextmanager
-def whole_chunks() -> Iterator[None]:
-    """Let the loss work on a chunk as a whole, as it does on CUDA."""
+def blocks_of_cuda() -> Iterator[None]:
+    """Let the loss work on blocks as large as it does on CUDA."""
     kept = dict(linear._BLOCK_ELEMENTS)
     linear._BLOCK_ELEMENTS.clear()
     try:
@@ -149,7 +149,7 @@ def _peaks_of_last_batch(trainer: Any) -> dict[str, int]:
 
     head.fused_loss, trainer.accelerator.backward = watched_loss, watched_backward
     try:
-        with whole_chunks(), tracker:
+        with blocks_of_cuda(), tracker:
             trainer.train()
     finally:
         head.fused_loss = fused_loss

@@ -19,12 +19,14 @@ from trl_qtarget import METHODS, QTargetConfig
 
 HALF = 2  # bytes of a bfloat16
 FLOAT = 4
-CHUNK_ELEMENTS = 1 << 26  # logits that the loss works on at a time, unless `chunk_tokens` says otherwise
+CHUNK_ELEMENTS = 1 << 26  # logits that the loss holds at a time, unless `chunk_tokens` says otherwise
+BLOCK_ELEMENTS = 1 << 24  # of these, what it works on at a time on a GPU
 NF4_BLOCK, SCALE_BLOCK = 64, 256  # weights per scale, and scales per scale of scales
 STATE_BLOCK, SMALLEST_STATE = 256, 4096  # 8-bit AdamW: elements per scale; smaller parameters keep float32 states
 MASK = "attention mask (sdpa, packed rows)"
 
-# Float32 `[chunk, V]` buffers that the fused loss holds at its peak where a chunk is worked on as a whole, as on CUDA.
+# Float32 buffers that the fused loss holds at its peak: of a chunk the logits of the policy and of the prior, and of a
+# block those for what is made of them.
 LOSS_BUFFERS = dict.fromkeys(METHODS, 3) | {
     **dict.fromkeys(("iw_sft", "psft"), 4),
     **dict.fromkeys(("label_smoothing", "sft_kl", "asft", "gem", "distill", "distill_hybrid"), 5),
@@ -118,12 +120,17 @@ def layer_bytes(shapes: Shapes, tokens: int, rank: int) -> int:
 
 
 def loss_bytes(shapes: Shapes, tokens: int, method: str, has_prior: bool, chunk_tokens: int | None) -> dict[str, int]:
-    """The loss at its peak: buffers of one chunk, and what has the size of the hidden states."""
+    """The loss at its peak: logits of a chunk, what is made of a block, and what has the size of the hidden states."""
     most = min(chunk_tokens or CHUNK_ELEMENTS // shapes.vocabulary, tokens)
     chunk = -(-tokens // -(-tokens // most))
-    hidden = tokens * shapes.hidden
+    block = min(BLOCK_ELEMENTS // shapes.vocabulary, chunk)
+    hidden, chunks = tokens * shapes.hidden, 2 if has_prior else 1
     return {
-        f"one chunk ({chunk} tokens)": LOSS_BUFFERS[method] * chunk * shapes.vocabulary * FLOAT,
+        f"logits of one chunk ({chunk} tokens)": chunks * chunk * shapes.vocabulary * FLOAT,
+        f"what is made of a block ({block} tokens)": (LOSS_BUFFERS[method] - chunks)
+        * block
+        * shapes.vocabulary
+        * FLOAT,
         "hidden states, their gradient, last norm": hidden * (2 * HALF + FLOAT + FLOAT),
         "the prior's hidden states": 2 * HALF * hidden if has_prior else 0,
     }

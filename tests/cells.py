@@ -40,8 +40,8 @@ class Cell:
     """Which target, from which prior, trained in full or with LoRA; `options` go to the SFTConfig.
 
     `fills` says whether several processes repeat rows to fill the last batch, as they do without accumulation;
-    `by_path`, whether the trainer loads the models itself, which ZeRO-3 then shards while they are loaded; `policy` and
-    `reference` name the formats of `quantized.FORMATS` and are empty for unquantised models.
+    `by_path`, whether the trainer loads the models itself, which ZeRO-3 then shards while they are loaded. `policy`
+    and `reference` name the formats of `quantized.FORMATS` and are empty for unquantised models.
     """
 
     method: str

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from training import check_equals_dense, trainable, worst
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.qlora import TensorMemory, measure, stored_bytes, whole_chunks
+from benchmarks.qlora import TensorMemory, blocks_of_cuda, measure, stored_bytes
 from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss
 from trl_qtarget.priors import AdapterOffPrior
 
@@ -165,7 +165,7 @@ def test_buffers_of_the_loss(method):
     prior = {"prior_hidden": torch.randn(N, H), "prior_weight": torch.randn(V, H)}
     uses_prior = QTargetConfig(method).objective(has_prior=True).uses_prior
     given = (prior if uses_prior else {}) | ({"token_weights": torch.rand(N)} if method == "cft" else {})
-    with whole_chunks(), TensorMemory() as tensors:
+    with blocks_of_cuda(), TensorMemory() as tensors:
         linear_qtarget_loss(hidden, weight, labels, method, **given)
     assert tensors.peak / (N * V * 4) == pytest.approx(memory.LOSS_BUFFERS[method], rel=0.02)
 

@@ -278,7 +278,8 @@ class QTargetSFTTrainer(SFTTrainer):
         dtypes = {name: value.dtype for name, value in self.model.named_parameters() if value.requires_grad}
         super()._load_from_checkpoint(*args, **kwargs)
         for name, value in self.model.named_parameters():
-            value.data = value.data.to(dtypes.get(name, value.dtype))
+            if value.dtype != dtypes.get(name, value.dtype):
+                value.data = value.data.to(dtypes[name])
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
