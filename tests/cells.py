@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from training import sft_config, warm_model
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 from trl_qtarget import QTargetConfig, QTargetSFTTrainer
 from trl_qtarget.shards import gather, in_zero3, share
@@ -140,6 +140,7 @@ def make(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOr
         folder = Path(output_dir).parent
         save_models(folder)
         policy, reference = str(folder / "policy"), reference and str(folder / "reference")
+    set_seed(0)  # LoRA's start is drawn before some versions of TRL seed
     trainer = trainer_class(
         policy,
         sft_config(output_dir, **options | cell.options),
