@@ -184,7 +184,7 @@ class QTargetSFTTrainer(SFTTrainer):
     def _request(self, inputs: dict[str, Any]) -> TargetRequest:
         """What the loss needs beside the model's inputs; takes its own columns out of them."""
         weights, sequences = inputs.pop(WEIGHTS_KEY, None), inputs.pop(SEQUENCES_KEY, None)
-        if self._objective.trust.uses_token_weights:
+        if self.qtarget_config.uses_token_weights:
             check_batch(WEIGHTS_KEY, weights, inputs["labels"], self.qtarget_config.label)
         if self._objective.trust.per_sequence:
             sequences = _sequences_of(inputs) if sequences is None else sequences
@@ -365,7 +365,8 @@ def _refuse_what_cannot_work(accelerator: Accelerator) -> None:
 
 def _sequences_of(inputs: Mapping[str, Any]) -> Tensor:
     """Which document each token of a batch belongs to, `[B, T]`: one per row, but for padding-free batches."""
-    if "attention_mask" not in inputs:  # the collator flattens rows into one, and starts each document at position 0
+    if "attention_mask" not in inputs and "position_ids" in inputs:
+        # The collator flattens rows into one, and starts each document at position 0.
         return (inputs["position_ids"] == 0).cumsum(-1)
     labels = inputs["labels"]
     return torch.arange(labels.size(0), device=labels.device)[:, None].expand_as(labels)
