@@ -14,6 +14,9 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+# Before it is imported with the others: it would list the kernels that a CPU lacks.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 import datasets
 import torch
 from demo_model import packaged_model
@@ -201,7 +204,6 @@ def quiet() -> None:
     """Leave the screen to the progress bars and to what the trainer says about its target."""
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it lists the kernels that a CPU lacks
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_qtarget").setLevel(logging.INFO)
 
