@@ -14,6 +14,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+
 # Before it is imported with the others: it would list the kernels that a CPU lacks.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
