@@ -34,12 +34,14 @@ class _Mortal:
     """Put before a trainer class: dies at the named moment."""
 
     moment: str | None = None
+    from_step: int | None = None
 
     def _die(self, moment: str) -> None:
         if moment == self.moment and self.state.global_step == _KILLED_AT - (moment == "between"):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def training_step(self, *args, **kwargs):
+        self.from_step = self.state.global_step if self.from_step is None else self.from_step
         self._die("between")
         return super().training_step(*args, **kwargs)
 
@@ -67,7 +69,7 @@ def train(run: Interruption, trainer_class: type) -> None:
     trainer = make(cell, run.folder, processes, type("Mortal", (_Mortal, trainer_class), {}))
     trainer.moment = run.moment
     trainer.train(resume_from_checkpoint=run.resume)
-    result = result_of(trainer, {"from_step": trainer._initial_global_step})
+    result = result_of(trainer, {"from_step": trainer.from_step})
     if int(os.environ.get("RANK", 0)) == 0:
         result.save(Path(run.folder) / "result")
 

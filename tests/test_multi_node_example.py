@@ -17,7 +17,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from launch import environment
 from nodes import loopback_nodes, run_nodes
 from safetensors.torch import load_file
-from training import warm_model
+from training import TRL_BEFORE_1_15, warm_model
 
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "multi_node"
@@ -66,6 +66,7 @@ def moved(tmp_path: Path) -> bool:
     )
 
 
+@pytest.mark.skipif(TRL_BEFORE_1_15, reason="the transformers of its time reads an optimiser to 'cpu:0', and fails")
 def test_torchrun_on_two_nodes_trains_and_resumes(nodes, arguments, tmp_path):
     def start(*more: str) -> str:
         command = ["bash", str(EXAMPLE / "torchrun.sh"), *arguments, *more]

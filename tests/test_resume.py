@@ -8,6 +8,7 @@ import tiny
 from peft import LoraConfig
 from safetensors.torch import load_file
 from training import SAME, Run, make_trainer, trainable, warm_model, worst
+from transformers import TrainerCallback
 
 from trl_qtarget import QTargetConfig, QTargetSFTTrainer
 
@@ -26,6 +27,15 @@ CASES = {
     "base_lora": {"qtarget_config": QTargetConfig("asft"), "peft_config": LORA},
     "ref": {"qtarget_config": "distill"},
 }
+
+
+class Begin(TrainerCallback):
+    """The step at which a run begins."""
+
+    step: int | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.step = state.global_step
 
 
 def run(directory, resume=None, allow_new_target=False, **arguments) -> Run:
@@ -133,8 +143,9 @@ def test_resume_passes_over_an_interrupted_checkpoint(text, tmp_path):
     state.unlink() if text is None else state.write_text(text)
     with pytest.raises(ValueError, match=r"`resume_from_checkpoint` names an interrupted checkpoint"):
         run(tmp_path, resume=tmp_path / "checkpoint-6", qtarget_config="sft")
-    resumed = run(tmp_path, resume=True, qtarget_config="sft")
-    assert resumed.trainer._initial_global_step == 3 and len(resumed.steps) == 6
+    begin = Begin()
+    resumed = run(tmp_path, resume=True, qtarget_config="sft", callbacks=[begin])
+    assert begin.step == 3 and len(resumed.steps) == 6
 
 
 def test_resume_without_a_whole_checkpoint_is_refused(tmp_path):
