@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .files import replacing
 from .methods import METHODS, Method, Objective, designs_of, find_method, knobs_of, make_objective
 from .registry import KNOBS, Range
 
@@ -264,10 +265,8 @@ class QTargetConfig:
         """Write `qtarget_config.json` into a directory, which is made if it does not exist."""
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
-        # Written beside and moved into place, so that a half-written file is never taken for a whole one.
-        partial = directory / f".{CONFIG_NAME}.{os.getpid()}"
-        partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, directory / CONFIG_NAME)
+        with replacing(directory / CONFIG_NAME) as file:
+            file.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> "QTargetConfig":

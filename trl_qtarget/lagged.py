@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from .files import replacing
 from .gemm import Head
 from .head import PriorStates, head_of
-from .priors import Prior, base_model_of, inference
+from .priors import Prior, backbone_states, base_model_of, inference
 from .shards import exchanged, gather, in_zero3, reshard, scatter, share
 
 
@@ -62,8 +63,7 @@ class LaggedPrior(Prior):
             self.start(0)
         with inference(self.model), exchanged(self.model, self.wrapped(), self.parts):
             if self._within_policy():
-                backbone = base_model_of(self.model).base_model
-                hidden = backbone(**dict(inputs, use_cache=False)).last_hidden_state
+                hidden = backbone_states(self.model, inputs)
             else:
                 hidden = self.model(**inputs, final_hidden=True).last_hidden_state
         # Asked for now: during a pass FSDP2 puts other parameters, whole ones, in the place of the sharded.
@@ -105,10 +105,8 @@ class LaggedPrior(Prior):
             if should_save:
                 whole[name] = tensor.cpu().contiguous()
         if should_save:
-            path = Path(directory) / STATE_NAME
-            unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-            save_file(whole, unfinished)
-            os.replace(unfinished, path)
+            with replacing(Path(directory) / STATE_NAME) as file:
+                save_file(whole, file)
 
     def load(self, directory: str | os.PathLike) -> None:
         path = Path(directory) / STATE_NAME

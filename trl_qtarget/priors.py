@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .head import PriorStates, head_of
@@ -22,6 +22,11 @@ from .shards import reshard
 def base_model_of(model: nn.Module) -> PreTrainedModel:
     """The causal language model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if is_peft_model(model) else model
+
+
+def backbone_states(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Final hidden states `[B, T, H]` by the backbone alone, past the wrapper's forward and its virtual tokens."""
+    return base_model_of(model).base_model(**dict(inputs, use_cache=False)).last_hidden_state
 
 
 @contextmanager
@@ -93,11 +98,9 @@ class AdapterOffPrior(Prior):
         self.model = model
 
     def states(self, inputs: Mapping[str, Any]) -> PriorStates:
-        causal_model = base_model_of(self.model)
         with inference(self.model), self.model.disable_adapter():
-            # The backbone: the PEFT wrapper's forward would put the virtual tokens of prompt learning before the text.
-            hidden = causal_model.base_model(**dict(inputs, use_cache=False)).last_hidden_state
-            head = head_of(causal_model)
+            hidden = backbone_states(self.model, inputs)
+            head = head_of(base_model_of(self.model))
         return PriorStates(hidden, lambda: head)
 
     def request(self, inputs: Mapping[str, Any]) -> Callable[[], PriorStates]:

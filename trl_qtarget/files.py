@@ -1,0 +1,14 @@
+"""Files that are whole or not there."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, moved into its place at the end: a half-written file is never taken for it."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    yield unfinished
+    os.replace(unfinished, path)
