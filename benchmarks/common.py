@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from trl_qtarget.files import replacing
+
 
 COLUMNS = (
     *("benchmark", "provider", "mode", "N", "H", "V", "dtype"),
@@ -173,15 +175,11 @@ def write_results(path: Path, rows: Iterable[Mapping[str, Any]], device: str) ->
     texts = [{name: _text((facts | dict(row)).get(name)) for name in COLUMNS} for row in rows]
     merged = {tuple(row.get(name, "") for name in _IDENTITY): row for row in [*read_results(path), *texts]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(merged.values())
-        os.replace(partial, path)  # a reader, or an interrupted run, never meets half a file
-    finally:
-        partial.unlink(missing_ok=True)
+    # A reader, or an interrupted run, never meets half a file.
+    with replacing(path) as whole, whole.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(merged.values())
 
 
 def _text(value: Any) -> str:

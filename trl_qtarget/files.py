@@ -10,5 +10,8 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to, moved into its place at the end: a half-written file is never taken for it."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    yield unfinished
-    os.replace(unfinished, path)
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
