@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from cells import Cell, save_models
 
 _HERE = Path(__file__).parent
 _TIMEOUT = 540
+# A launcher passes SIGTERM on to its workers, and gives them up to 30 seconds.
+_GRACE = 40
 
 
 def free_port() -> int:
@@ -105,6 +109,29 @@ def start(command: Sequence[str], log: Path, **variables: str) -> subprocess.Pop
         )
 
 
+def end(job: subprocess.Popen) -> None:
+    """End a job and all that it started; nothing to do where it has ended by itself."""
+    deadline = time.monotonic() + _GRACE
+    with suppress(ProcessLookupError):
+        os.killpg(job.pid, signal.SIGTERM)
+        while time.monotonic() < deadline:
+            job.poll()
+            os.killpg(job.pid, 0)  # ProcessLookupError: none is left
+            time.sleep(0.1)
+        os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+
+
+def finish(job: subprocess.Popen, log: Path, timeout: float = _TIMEOUT) -> None:
+    """Wait for a job; one that hangs is ended with all that it started, and a RuntimeError tells its last lines."""
+    try:
+        job.wait(timeout)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"the job hung: {log.read_text()[-4000:]}") from None
+    finally:
+        end(job)
+
+
 def script_arguments(cells: Sequence[Cell], folder: Path) -> list[str]:
     """What `cells.py` is told: which cells, and where results go."""
     file = folder / "cells.json"
@@ -116,9 +143,4 @@ def run_cells(backend: str, cells: Sequence[Cell], folder: Path) -> None:
     """Run cells one after another in one job of two processes; what came out is in `folder`."""
     save_models(folder)
     log = folder / "log.txt"
-    job = start([*launcher(backend, folder), *script_arguments(cells, folder)], log)
-    try:
-        job.wait(_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        os.killpg(job.pid, 9)
-        raise RuntimeError(f"{backend} hung: {log.read_text()[-4000:]}") from None
+    finish(start([*launcher(backend, folder), *script_arguments(cells, folder)], log), log)

@@ -9,12 +9,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch import free_port, start
+from launch import end, free_port, start
 
 
 _TIMEOUT = 240
-# A launcher passes SIGTERM on to its workers, and gives them up to 30 seconds.
-_GRACE = 40
 
 
 @dataclass(frozen=True)
@@ -85,19 +83,6 @@ def loopback_nodes() -> list[Node]:
     return [Node(rank, "lo", "127.0.0.1", port) for rank in range(2)]
 
 
-def _end(job: subprocess.Popen) -> None:
-    """End a job and all that it started; nothing to do where it has ended by itself."""
-    deadline = time.monotonic() + _GRACE
-    with suppress(ProcessLookupError):
-        os.killpg(job.pid, signal.SIGTERM)
-        while time.monotonic() < deadline:
-            job.poll()
-            os.killpg(job.pid, 0)  # ProcessLookupError: none is left
-            time.sleep(0.1)
-        os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
-
-
 def run_nodes(nodes: Sequence[Node], commands: Sequence[Sequence[str]], folder: Path, **environment: str) -> list[str]:
     """Start a launcher on every node and return what each wrote; RuntimeError if one of them fails or hangs."""
     logs = [folder / f"node{node.rank}.txt" for node in nodes]
@@ -112,7 +97,7 @@ def run_nodes(nodes: Sequence[Node], commands: Sequence[Sequence[str]], folder: 
         codes = [job.poll() for job in jobs]
     finally:
         for job in jobs:
-            _end(job)
+            end(job)
     texts = [log.read_text() for log in logs]
     if any(codes) or None in codes:
         tails = "\n".join(f"--- node {node.rank}\n{text[-4000:]}" for node, text in zip(nodes, texts, strict=True))

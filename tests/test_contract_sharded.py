@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launch import start, torchrun
+from launch import finish, start, torchrun
 from sharded_contracts import CONTRACTS
 
 
@@ -12,7 +12,8 @@ from sharded_contracts import CONTRACTS
 def outcomes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("contracts")
     script = str(Path(__file__).parent / "sharded_contracts.py")
-    start([*torchrun(), script, str(folder / "outcomes.json")], folder / "log.txt").wait(300)
+    log = folder / "log.txt"
+    finish(start([*torchrun(), script, str(folder / "outcomes.json")], log), log)
     return json.loads((folder / "outcomes.json").read_text())
 
 

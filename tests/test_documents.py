@@ -128,17 +128,22 @@ def test_padded_rows_are_documents(method):
     check_equals_dense(trainer_of(method), warm_model(steps=12))
 
 
-def test_packed_training_has_padded_evaluation():
-    options = {"packing": True, "packing_strategy": "wrapped", "max_length": 20, "eval_packing": False}
-    trainer = make_trainer(
+def evaluating_trainer(rows: int, options: dict):
+    """A trainer whose evaluation set is one batch of `rows`."""
+    return make_trainer(
         QTargetSFTTrainer,
         dataset(),
         warm_model(),
         qtarget_config="iw_sft",
         ref_model=warm_model(steps=12),
         eval_dataset=dataset(),
-        options={"per_device_eval_batch_size": DOCUMENTS} | options,
+        options={"per_device_eval_batch_size": rows} | options,
     )
+
+
+def test_packed_training_has_padded_evaluation():
+    options = {"packing": True, "packing_strategy": "wrapped", "max_length": 20, "eval_packing": False}
+    trainer = evaluating_trainer(DOCUMENTS, options)
     (packed,) = batches(trainer, evaluation=True)
     assert "sequence_ids" not in packed
     truth = trainer_of(max_length=20)
@@ -147,15 +152,7 @@ def test_packed_training_has_padded_evaluation():
 
 def test_padded_training_has_packed_evaluation():
     options = {"max_length": 9, "eval_packing": True, "packing_strategy": "wrapped"}
-    trainer = make_trainer(
-        QTargetSFTTrainer,
-        dataset(),
-        warm_model(),
-        qtarget_config="iw_sft",
-        ref_model=warm_model(steps=12),
-        eval_dataset=dataset(),
-        options={"per_device_eval_batch_size": 2 * DOCUMENTS} | options,
-    )
+    trainer = evaluating_trainer(2 * DOCUMENTS, options)
     (batch,) = batches(trainer, evaluation=True)
     assert len(trust_by_document(trainer, batch)) == DOCUMENTS
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cells import Cell, Result
 from interrupted import MOMENTS, Interruption
-from launch import accelerate_launch, start, torchrun
+from launch import accelerate_launch, finish, start, torchrun
 from training import worst
 
 
@@ -32,7 +32,7 @@ TOLERANCE = 1e-6
 def run_all(runs: list[Interruption], folder: Path, command: list[str], backend: str = "") -> None:
     file, log = folder / "runs.json", folder / "log.txt"
     file.write_text(json.dumps([asdict(run) for run in runs]))
-    start([*command, str(Path(__file__).parent / "interrupted.py"), str(file), backend], log).wait(500)
+    finish(start([*command, str(Path(__file__).parent / "interrupted.py"), str(file), backend], log), log)
 
 
 @pytest.fixture(scope="module")
