@@ -13,6 +13,10 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+
+# Before it is imported with the others: it would list the kernels that a CPU lacks.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
@@ -131,7 +135,6 @@ def main(argv: list[str] | None = None) -> QTargetSFTTrainer:
     arguments = parse_arguments(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_qtarget").setLevel(logging.INFO)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else it lists the kernels that a CPU lacks
     trainer = make_trainer(arguments)
     trainer.train(resume_from_checkpoint=arguments.resume)
     trainer.save_model()

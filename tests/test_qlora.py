@@ -22,7 +22,7 @@ from training import check_equals_dense, trainable, worst
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.qlora import TensorMemory, blocks_of_cuda, measure, stored_bytes
-from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss
+from trl_qtarget import METHODS, QTargetConfig, linear, linear_qtarget_loss
 from trl_qtarget.priors import AdapterOffPrior
 
 
@@ -158,16 +158,40 @@ def test_account_is_what_a_step_takes(make, sizes, tmp_path):
         assert computed == pytest.approx(measured, rel=0.05), name
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_buffers_of_the_loss(method):
-    N, H, V = 128, 16, 4096
+def peak_of_the_loss(method, N, V):
+    """Bytes at the peak of the loss, with blocks as on CUDA; and how many chunks of logits it holds."""
+    H = 16
     hidden, weight, labels = torch.randn(N, H, requires_grad=True), torch.randn(V, H), torch.randint(0, V, (N,))
     prior = {"prior_hidden": torch.randn(N, H), "prior_weight": torch.randn(V, H)}
     uses_prior = QTargetConfig(method).objective(has_prior=True).uses_prior
     given = (prior if uses_prior else {}) | ({"token_weights": torch.rand(N)} if method == "cft" else {})
     with blocks_of_cuda(), TensorMemory() as tensors:
         linear_qtarget_loss(hidden, weight, labels, method, **given)
-    assert tensors.peak / (N * V * 4) == pytest.approx(memory.LOSS_BUFFERS[method], rel=0.02)
+    return tensors.peak, 2 if uses_prior else 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_buffers_of_the_loss(method):
+    N, V = 128, 4096
+    peak, _ = peak_of_the_loss(method, N, V)
+    assert peak / (N * V * 4) == pytest.approx(memory.LOSS_BUFFERS[method], rel=0.02)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_made_of_logits_is_made_block_by_block(method, monkeypatch):
+    N, V, block = 128, 4096, 16
+    monkeypatch.setattr(linear, "_DEFAULT_BLOCK_ELEMENTS", block * V)
+    peak, chunks = peak_of_the_loss(method, N, V)
+    made = memory.LOSS_BUFFERS[method] - chunks
+    assert peak / (V * 4) == pytest.approx(chunks * N + made * block, rel=0.03)
+
+
+def test_account_knows_the_sizes_of_the_loss():
+    sizes = (linear._CHUNK_ELEMENTS, linear._DEFAULT_BLOCK_ELEMENTS)
+    assert (memory.CHUNK_ELEMENTS, memory.BLOCK_ELEMENTS) == sizes
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, vocab_size=128256)
+    chunk, block, *_ = memory.account(config, tokens=8192).loss.values()
+    assert (chunk, block) == (2 * 512 * 128256 * 4, 4 * 130 * 128256 * 4)
 
 
 def test_account_of_8_billion_parameters():
