@@ -7,13 +7,14 @@ CONSTRAINTS ?= constraints.txt
 # Extra arguments: make demo ARGS="--method dft", make test ARGS="-k parity"
 ARGS ?=
 
-.PHONY: help demo test test-slow test-distributed lint format bench clean
+.PHONY: help demo test test-slow test-distributed lint format bench comparison clean
 help:
 	@echo "make demo    fine-tune a real language model toward an explicit target (minutes on two cores)"
 	@echo "make test    run the tests;  make test-slow  those that take minutes"
 	@echo "make test CONSTRAINTS=constraints-oldest.txt VENV=.venv-oldest   with the oldest supported versions"
 	@echo "make test-distributed   every target on every backend, in jobs of two processes (minutes)"
 	@echo "make lint    check style;    make format  mend it"
+	@echo "make comparison   compare all methods (hours; resumable);  ARGS=--quick  a subset (minutes)"
 	@echo "make bench   measure the loss and a training step against TRL; writes benchmarks/results/"
 
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
@@ -53,6 +54,10 @@ bench: $(VENV)/.ready
 	$(RUN) -m benchmarks.memory
 	$(RUN) -m benchmarks.step
 	$(RUN) -m benchmarks.report
+
+# Goes on where it was interrupted; results and page in outputs/comparison.
+comparison: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(RUN) -m method_comparison $(ARGS)
 
 clean:
 	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

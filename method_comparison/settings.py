@@ -1,0 +1,142 @@
+"""What is compared: settings.yaml, read and checked. `quick.yaml` changes some of its values, for a run of minutes."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trl_qtarget import QTargetConfig
+
+from .demonstrations import KINDS
+from .tasks import TASKS
+
+
+HERE = Path(__file__).parent
+REFERENCES = ("none", "base", "weak", "strong")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the tables: a target, and the knob that is tuned beside the learning rate.
+
+    `needs` says what the target needs beyond the policy: "nothing", a "reference" (the untrained base, or a teacher
+    where the setting has one), or a "teacher".
+    """
+
+    name: str
+    needs: str
+    config: dict[str, Any]
+    knob: str | None
+    ladder: tuple[float, ...]
+    default: float | None
+
+    def target(self, knob: int, reference: str) -> dict[str, Any]:
+        """Fields of the `QTargetConfig` with the knob at its `knob`-th value."""
+        fields = dict(self.config)
+        if self.knob:
+            fields[self.knob] = self.ladder[knob]
+        if self.needs != "nothing":
+            fields["prior"] = "base" if reference == "base" else "model"
+        return fields
+
+    @property
+    def start(self) -> int:
+        """Index of the knob's default."""
+        return self.ladder.index(self.default) if self.knob else 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A task, the demonstrations of it that a model is trained on, and the reference that methods may use."""
+
+    name: str
+    task: str
+    kind: str
+    share: float
+    reference: str
+    title: str
+    # What accuracy on the other tasks weighs in the choice of a configuration.
+    others_weight: float = 0.0
+
+    def takes(self, method: Method) -> bool:
+        """Whether the method can be compared in this setting.
+
+        Distilling from the untrained base would only keep the base, so a teacher is asked for.
+        """
+        allowed = {"none": ("nothing",), "base": ("nothing", "reference")}
+        return method.needs in allowed.get(self.reference, ("nothing", "reference", "teacher"))
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that decides the results, as read from the file; the sections are plain dictionaries."""
+
+    model: dict[str, Any]
+    pretraining: dict[str, Any]
+    teachers: dict[str, Any]
+    finetuning: dict[str, Any]
+    tuning: dict[str, Any]
+    test: dict[str, Any]
+    methods: tuple[Method, ...]
+    settings: tuple[Setting, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything that decides a single run. Methods and settings may be added to a study."""
+        parts = {name: value for name, value in asdict(self).items() if name not in ("methods", "settings")}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+    def method(self, name: str) -> Method:
+        """The method of that name."""
+        return next(method for method in self.methods if method.name == name)
+
+
+def load(quick: bool = False) -> Study:
+    """The study of settings.yaml, or its quick subset.
+
+    Raises:
+        ValueError: a setting or a method is not what it should be.
+    """
+    values = yaml.safe_load((HERE / "settings.yaml").read_text(encoding="utf-8"))
+    if quick:
+        values = _merged(values, yaml.safe_load((HERE / "quick.yaml").read_text(encoding="utf-8")))
+    methods = tuple(_method(name, fields or {}) for name, fields in values.pop("methods").items() if fields != "out")
+    settings = tuple(_setting(name, fields) for name, fields in values.pop("settings").items() if fields != "out")
+    return Study(methods=methods, settings=settings, **values)
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    both = dict(values)
+    for name, change in changes.items():
+        old = values.get(name)
+        both[name] = _merged(old, change) if isinstance(old, dict) and isinstance(change, dict) else change
+    return both
+
+
+def _method(name: str, fields: dict[str, Any]) -> Method:
+    knob = fields.get("knob")
+    config = fields.get("config", {"method": name})
+    needs = fields.get("needs", "nothing")
+    method = Method(name, needs, config, knob, tuple(fields.get("ladder", (0,))), fields.get("default"))
+    if needs not in ("nothing", "reference", "teacher"):
+        raise ValueError(f"`needs={needs!r}` of `{name}` must be 'nothing', 'reference' or 'teacher'.")
+    if knob and method.default not in method.ladder:
+        raise ValueError(f"`default` of `{name}` must be a value of its `ladder`.")
+    for number in range(len(method.ladder)):
+        QTargetConfig(**method.target(number, "base"))  # says what is wrong with it
+    return method
+
+
+def _setting(name: str, fields: dict[str, Any]) -> Setting:
+    setting = Setting(name, **fields)
+    for field, value, known in (
+        ("task", setting.task, TASKS),
+        ("kind", setting.kind, KINDS),
+        ("reference", setting.reference, REFERENCES),
+    ):
+        if value not in known:
+            raise ValueError(f"`{field}={value!r}` of the setting `{name}` is unknown: choose of {', '.join(known)}.")
+    return setting

@@ -1,0 +1,89 @@
+"""Result files: one line of JSON per run, appended as runs end, with what a number depends on."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import machine_facts
+from trl_qtarget.files import replacing
+
+from .settings import Study
+
+
+FILES = {"tune": "tuning.jsonl", "test": "test.jsonl"}
+VERSIONS = ("torch", "trl", "transformers", "accelerate", "reasoning-gym", "trl-qtarget")
+
+
+class Store:
+    """The results of a study in a folder, by the key of the run.
+
+    A line is written whole or, after an interruption, dropped when the file is opened for writing again.
+
+    Raises:
+        ValueError: the folder holds results of other settings.
+    """
+
+    def __init__(self, directory: Path, study: Study, writable: bool = True):
+        self.directory = directory
+        self.results: dict[str, dict[str, Any]] = {}
+        self.sessions: list[dict[str, Any]] = []
+        facts = directory / "facts.json"
+        if facts.is_file():
+            known = json.loads(facts.read_text(encoding="utf-8"))
+            if known["fingerprint"] != study.fingerprint:
+                raise ValueError(
+                    f"`results`: {directory} holds results of other settings: choose an empty folder, or take the "
+                    "settings back to what they were."
+                )
+            self.sessions = known["sessions"]
+        for name in FILES.values():
+            for result in self._read(directory / name, writable):
+                self.results[result["key"]] = result
+        if writable:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._begin(facts, study)
+
+    def _read(self, path: Path, writable: bool) -> list[dict[str, Any]]:
+        if not path.is_file():
+            return []
+        text = path.read_text(encoding="utf-8")
+        whole, _, rest = text.rpartition("\n")
+        if rest and writable:
+            os.truncate(path, len(whole.encode()) + (1 if whole else 0))
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def _begin(self, facts: Path, study: Study) -> None:
+        """What the runs from now on depend on; they refer to it by number."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        session = {
+            "device": device,
+            "machine": machine_facts(device)["machine"],
+            "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        }
+        if session not in self.sessions:
+            self.sessions.append(session)
+        self.session = self.sessions.index(session)
+        known = {"fingerprint": study.fingerprint, "sessions": self.sessions}
+        with replacing(facts) as whole:
+            whole.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Append a result; it is on the disk when this returns."""
+        today = datetime.datetime.now(datetime.UTC).date().isoformat()
+        result = {**result, "session": self.session, "date": today}
+        with (self.directory / FILES[result["phase"]]).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result, separators=(",", ":")) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.results[result["key"]] = result
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.results
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self.results[key]

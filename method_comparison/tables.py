@@ -1,0 +1,146 @@
+"""Tables of the page, in Markdown, made from the result files alone."""
+
+from collections.abc import Callable
+
+from . import analysis
+from .analysis import AT_BEST, AT_ONE, BASE, GREEDY, MEASURES, TEACHER, Row, difference
+from .settings import Setting, Study
+from .store import Store
+
+
+ADAPTED = (BASE, TEACHER)
+
+
+def _table(heads: list[str], lines: list[list[str]]) -> str:
+    aligned = ["---"] + ["---:"] * (len(heads) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, aligned, *lines])
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _points(value: float) -> str:
+    """Percentage points, signed; a true minus sign."""
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def _against(row: Row, baseline: Row, measure: str) -> str:
+    """A difference in points with its error, bold beyond two of them."""
+    found = difference(row, baseline, measure)
+    text = f"{_points(found.value)} ± {100 * found.error:.1f}"
+    return f"**{text}**" if found.sign else text
+
+
+def _named(rows: list[Row], name: str) -> Row | None:
+    return next((row for row in rows if row.name == name), None)
+
+
+def setting_table(setting: Setting, study: Study, store: Store) -> str:
+    """Everything measured in one setting."""
+    rows = analysis.rows(setting, study, store)
+    sft, base = _named(rows, "sft"), _named(rows, BASE)
+    heads = ["method", "knob", "learning rate", *MEASURES, "− sft, best T", "NLL", "entropy", "other tasks"]
+    lines = []
+    for row in sorted(rows, key=lambda row: (row.name not in ADAPTED, -row.accuracy(AT_BEST))):
+        rate = "" if row.learning_rate is None else f"{row.learning_rate:.2g}" + (" †" if row.on_edge else "")
+        accuracies = [_percent(row.accuracy(measure)) for measure in MEASURES]
+        accuracies[1] += f" ({row.best_temperature})"
+        lines.append(
+            [
+                f"`{row.name}`" if row.name not in ADAPTED else row.name,
+                row.knob,
+                rate,
+                *accuracies,
+                _against(row, sft, AT_BEST) if sft and row is not sft else "",
+                f"{row.mean('nll'):.3f}",
+                f"{row.mean('entropy'):.3f}",
+                _others(row, base),
+            ]
+        )
+    return _table(heads, lines)
+
+
+def _others(row: Row, base: Row | None) -> str:
+    if row.others is None:
+        return ""
+    if base is None or base.others is None or row is base:
+        return _percent(row.others)
+    return f"{_percent(row.others)} ({_points(row.others - base.others)})"
+
+
+def difference_table(study: Study, store: Store, baseline: str, measure: str) -> str:
+    """Methods by settings: difference to a baseline, bold beyond two standard errors."""
+    by_setting = {setting.name: analysis.rows(setting, study, store) for setting in study.settings}
+    by_setting = {name: rows for name, rows in by_setting.items() if _named(rows, baseline)}
+    lines = []
+    for name in [BASE, *(method.name for method in study.methods)]:
+        cells = []
+        for rows in by_setting.values():
+            row, other = _named(rows, name), _named(rows, baseline)
+            cells.append("" if row is None or other is None or row is other else _against(row, other, measure))
+        if any(cells):
+            lines.append([f"`{name}`" if name != BASE else name, *cells])
+    accuracies = [_percent(_named(rows, baseline).accuracy(measure)) for rows in by_setting.values()]
+    return _table(["method", *by_setting], [[f"`{baseline}` itself", *accuracies], *lines])
+
+
+def wins_table(study: Study, store: Store, baseline: str) -> str:
+    """In how many settings each method beats a baseline, or loses to it, under each measure and under two of them."""
+    lines = []
+    for method in study.methods:
+        signs = _signs(method.name, study, store, baseline)
+        if not signs:
+            continue
+        cells = []
+        for number in range(len(MEASURES)):
+            column = [each[number] for each in signs]
+            cells.append(f"{column.count(1)} / {column.count(0)} / {column.count(-1)}")
+        held = [1 if s.count(1) > 1 and -1 not in s else -1 if s.count(-1) > 1 and 1 not in s else 0 for s in signs]
+        lines.append([f"`{method.name}`", str(len(signs)), *cells, f"**{held.count(1)} / {held.count(-1)}**"])
+    return _table(["method", "settings", *MEASURES, "beyond doubt: wins / losses"], lines)
+
+
+def _signs(name: str, study: Study, store: Store, baseline: str) -> list[list[int]]:
+    """For each setting with both, the sign of the difference under each measure."""
+    found = []
+    for setting in study.settings:
+        rows = analysis.rows(setting, study, store)
+        row, other = _named(rows, name), _named(rows, baseline)
+        if row and other and row is not other:
+            found.append([difference(row, other, measure).sign for measure in MEASURES])
+    return found
+
+
+def choices_table(study: Study, store: Store, cell: Callable[[Row], str]) -> str:
+    """Methods by settings: what tuning chose."""
+    by_setting = {setting.name: analysis.rows(setting, study, store) for setting in study.settings}
+    lines = []
+    for method in study.methods:
+        rows = [_named(rows, method.name) for rows in by_setting.values()]
+        if any(rows):
+            lines.append([f"`{method.name}`", *(cell(row) if row else "" for row in rows)])
+    return _table(["method", *by_setting], lines)
+
+
+def rates_table(study: Study, store: Store) -> str:
+    """The learning rates that tuning chose, in units of 1e-3."""
+    return choices_table(study, store, lambda row: f"{1e3 * row.learning_rate:.2g}" + (" †" if row.on_edge else ""))
+
+
+def knobs_table(study: Study, store: Store) -> str:
+    """The knobs that tuning chose."""
+    return choices_table(study, store, lambda row: row.knob.partition(" = ")[2])
+
+
+def models_table(study: Study, store: Store) -> str:
+    """The untrained bases and the teachers on each task."""
+    lines, seen = [], set()
+    for setting in study.settings:
+        for row in analysis.rows(setting, study, store):
+            name = row.name if row.name == BASE else f"{setting.reference} teacher"
+            if row.name in ADAPTED and (name, setting.task) not in seen:
+                seen.add((name, setting.task))
+                values = [_percent(row.accuracy(measure)) for measure in (AT_ONE, AT_BEST, GREEDY)]
+                lines.append([setting.task, name, *values, f"{row.mean('nll'):.3f}", f"{row.mean('entropy'):.3f}"])
+    return _table(["task", "model", AT_ONE, AT_BEST, GREEDY, "NLL", "entropy"], sorted(lines))

@@ -1,0 +1,316 @@
+"""The comparison of methods: its problems, its demonstrations, its search, and the numbers on its page."""
+
+import random
+import re
+import statistics
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from method_comparison import settings
+from method_comparison.analysis import AT_BEST, AT_ONE, GREEDY, Row, difference
+from method_comparison.demonstrations import WORDINGS, demonstrations
+from method_comparison.runs import TEST, TUNE, Run, base_run, check, make_run, score
+from method_comparison.search import Point, Search
+from method_comparison.store import Store
+from method_comparison.study import cells, pending
+from method_comparison.tasks import SPLITS, TASKS, Problem, problems
+from method_comparison.text import as_dataset, tokenizer
+
+
+STEPPED = ("chain", "chain_easy", "postfix", "chain_sum", "gcd")
+METHODS = (
+    *("sft", "label_smoothing", "dft", "beyond_log", "profit", "eaft", "iw_sft"),
+    *("psft", "gem", "sft_kl", "asft", "distill", "distill_hybrid", "target_sft"),
+)
+
+
+def _value(left: str) -> int:
+    first, operator, second = re.fullmatch(r"(-?\d+)([-+*%])(\d+)", left).groups()
+    apply = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "%": int.__mod__}
+    return apply[operator](int(first), int(second))
+
+
+def _equations(completion: str) -> tuple[list[tuple[str, int]], str]:
+    steps, _, answer = completion.partition("#")
+    pairs = [step.split("=") for step in steps.split(",")] if steps else []
+    return [(left, int(right)) for left, right in pairs], answer
+
+
+# --- problems ---
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_problems_are_judged_by_their_answer(task):
+    for problem in problems(task, 50, "test", 0):
+        assert problem.solved_by(f"#{problem.answer}")
+        assert problem.solved_by(f"1+1=3#{problem.answer}"), "only the answer counts"
+        assert not problem.solved_by(problem.answer), "an answer follows its mark"
+        assert not problem.solved_by(f"#{problem.answer}7")
+        assert not problem.solved_by("#") and not problem.solved_by("")
+
+
+@pytest.mark.parametrize("task", STEPPED)
+def test_steps_are_right_and_lead_to_the_answer(task):
+    for problem in problems(task, 100, "train", 3):
+        steps, answer = problem.work({})
+        assert all(_value(step.left) == int(step.right) for step in steps)
+        assert answer == (steps[-1].left.partition("%")[2] if task == "gcd" else steps[-1].right)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_prompt_is_in_two_splits_and_seeds_differ(task):
+    prompts = {split: {problem.prompt for problem in problems(task, 150, split, 0)} for split in SPLITS}
+    assert not prompts["train"] & prompts["tune"] and not prompts["train"] & prompts["test"]
+    assert not prompts["tune"] & prompts["test"]
+    again = [problem.prompt for problem in problems(task, 20, "test", 0)]
+    assert again == [problem.prompt for problem in problems(task, 20, "test", 0)]
+    assert again != [problem.prompt for problem in problems(task, 20, "test", 1)]
+
+
+def test_unknown_and_exhausted_tasks_are_refused():
+    with pytest.raises(ValueError, match="`task='sums'` is unknown"):
+        problems("sums", 1, "test", 0)
+    with pytest.raises(ValueError, match="`split='all'` is unknown"):
+        problems("chain", 1, "all", 0)
+    with pytest.raises(ValueError, match="`count=2000` is more than"):
+        problems("gcd", 2000, "test", 0, distinct=True)
+
+
+# --- demonstrations ---
+
+
+def _demonstrated(kind: str, share: float = 1.0, task: str = "chain") -> list[tuple[Problem, str, bool]]:
+    asked = problems(task, 100, "train", 5)
+    pairs, chosen = demonstrations(asked, kind, share, seed=1)
+    assert [prompt for prompt, _ in pairs] == [problem.prompt for problem in asked]
+    return [(problem, pair[1], mark) for problem, pair, mark in zip(asked, pairs, chosen, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["wrong_step", "wrong_answer"])
+def test_share_of_wrong_demonstrations_is_exact(kind):
+    found = _demonstrated(kind, share=0.3)
+    assert sum(mark for _, _, mark in found) == 30
+    assert all(problem.solved_by(completion) != mark for problem, completion, mark in found)
+
+
+@pytest.mark.parametrize("task", STEPPED)
+def test_wrong_step_is_one_and_is_carried_on(task):
+    for problem, completion, _ in _demonstrated("wrong_step", task=task):
+        steps, answer = _equations(completion)
+        assert sum(_value(left) != right for left, right in steps) == 1
+        assert not problem.solved_by(completion)
+        if task == "gcd":
+            assert answer == steps[-1][0].partition("%")[2]
+        else:
+            assert int(answer) == steps[-1][1]
+            assert all(left.startswith(f"{before}") for (left, _), (_, before) in zip(steps[1:], steps, strict=False))
+
+
+def test_wrong_answer_follows_right_steps():
+    for problem, completion, _ in _demonstrated("wrong_answer"):
+        steps, _ = _equations(completion)
+        assert all(_value(left) == right for left, right in steps)
+        assert str(steps[-1][1]) == problem.answer and not problem.solved_by(completion)
+
+
+def test_skipped_step_is_neither_the_first_nor_the_last():
+    for problem, completion, _ in _demonstrated("skipped"):
+        full = [(step.left, int(step.right)) for step in problem.work({})[0]]
+        steps, _ = _equations(completion)
+        assert len(steps) == len(full) - 1 and steps[0] == full[0] and steps[-1] == full[-1]
+        assert problem.solved_by(completion)
+
+
+def test_wordings_are_all_used_and_all_right():
+    found = _demonstrated("wordings")
+    written = [{wording(*problem.work({})) for wording in WORDINGS} for problem, _, _ in found]
+    assert all(completion in texts for (_, completion, _), texts in zip(found, written, strict=True))
+    for wording in WORDINGS:
+        assert any(completion == wording(*problem.work({})) for problem, completion, _ in found)
+
+
+def test_demonstrations_refuse_nonsense():
+    with pytest.raises(ValueError, match="`kind='sloppy'` is unknown"):
+        demonstrations([], "sloppy", 0.1, 0)
+    with pytest.raises(ValueError, match=r"`share=1\.5` must lie between 0 and 1"):
+        demonstrations([], "clean", 1.5, 0)
+
+
+def test_dataset_marks_the_completion():
+    row = as_dataset([("a1+2?", "#3")])[0]
+    assert tokenizer().decode(row["input_ids"]) == "a1+2?#3<eos>"
+    assert row["completion_mask"] == [0] * 5 + [1] * 3
+
+
+# --- search ---
+
+
+searches = st.builds(
+    lambda knobs, start, budget, extra: Search(knobs, min(start, knobs - 1), budget, extra),
+    *(st.integers(1, 7), st.integers(0, 6), st.integers(4, 15), st.integers(0, 4)),
+)
+
+
+def _searched(search: Search, value) -> dict[Point, float]:
+    scores: dict[Point, float] = {}
+    while (point := search.next(scores)) is not None:
+        assert point not in scores and 0 <= point.knob < search.knobs
+        scores[point] = value(point)
+    return scores
+
+
+@given(searches, st.integers(0, 1000))
+def test_search_keeps_to_its_budget_and_resumes(search, seed):
+    """Whatever the scores are, and from every point at which it may have been interrupted."""
+    scores = _searched(search, lambda point: random.Random(f"{seed} {point}").random())
+    assert search.budget <= len(scores) <= search.budget + search.extra
+    points = list(scores)
+    for known in range(len(points)):
+        assert search.next({point: scores[point] for point in points[:known]}) == points[known]
+
+
+@pytest.mark.parametrize("knobs", [1, 5])
+@pytest.mark.parametrize("rate", [-9, -4, 0, 3, 8])
+def test_search_finds_a_peak_within_what_it_tried(knobs, rate):
+    search = Search(knobs, knobs // 2, budget=12, extra=3)
+    peak = Point(rate, min(3, knobs - 1))
+    scores = _searched(search, lambda point: -abs(point.rate - peak.rate) - 2 * abs(point.knob - peak.knob))
+    best = search.best(scores)
+    assert abs(best.rate - peak.rate) <= 1 and best.knob == peak.knob
+    assert not search.edges(scores)
+
+
+def test_search_tells_of_an_edge():
+    search = Search(5, 2, budget=6, extra=1)
+    scores = _searched(search, lambda point: point.rate)
+    assert len(scores) == 7 and search.edges(scores)
+
+
+# --- settings ---
+
+
+def test_study_asks_what_it_promises():
+    study = settings.load()
+    check(study)
+    names = {method.name for method in study.methods}
+    assert set(METHODS) < names, "free combinations come on top"
+    assert len(study.settings) >= 10
+    assert {setting.reference for setting in study.settings} == {"none", "base", "weak", "strong"}
+    assert {0.1, 0.3} <= {setting.share for setting in study.settings if setting.kind == "wrong_step"}
+    assert any(setting.others_weight for setting in study.settings)
+    assert len(study.test["seeds"]) >= 3
+    assert 0 not in study.test["seeds"], "base0 is tuned on"
+
+
+def test_every_target_of_the_study_differs_from_run_to_run():
+    study = settings.load()
+    keys = set()
+    for cell in cells(study):
+        for knob in range(len(cell.method.ladder)):
+            keys.add(make_run(cell.setting, cell.method, knob, 1e-3, TUNE, 0).key)
+    data = {(s.task, s.kind, s.share) for s in study.settings}
+    own = sum(len(m.ladder) for m in study.methods if m.needs == "nothing") * len(data)
+    assert len(keys) > own
+
+
+def test_a_run_without_a_prior_serves_settings_that_differ_in_the_reference():
+    study = settings.load()
+    by_name = {setting.name: setting for setting in study.settings}
+    keys = {make_run(by_name[name], study.method("dft"), 0, 1e-3, TEST, 1).key for name in ("clean", "clean+strong")}
+    assert len(keys) == 1
+    keys = {make_run(by_name[name], study.method("asft"), 0, 1e-3, TEST, 1).key for name in ("clean", "clean+strong")}
+    assert len(keys) == 2
+
+
+def test_settings_refuse_nonsense():
+    with pytest.raises(ValueError, match="`task='sums'` of the setting `new` is unknown"):
+        settings._setting("new", {"task": "sums", "kind": "clean", "share": 0, "reference": "base", "title": ""})
+    with pytest.raises(ValueError, match="`default` of `asft`"):
+        settings._method("asft", {"knob": "lam", "ladder": [0.1], "default": 0.05, "needs": "reference"})
+    with pytest.raises(ValueError, match="`tau` is not used"):
+        settings._method("asft", {"knob": "tau", "ladder": [0.1], "default": 0.1})
+
+
+# --- results ---
+
+
+def _result(key: str, phase: str = TEST, **fields) -> dict:
+    run = Run(phase, "chain", "clean", 0.0, "none", key, (), 0.0, 1)
+    solved = {"solved": {"0": [1, 0], "1": [2, 1]}, "others": {}, "nll": 1.0, "entropy": 1.0, "seconds": 1.0}
+    return {**vars(run), "key": run.key, **solved, **fields}
+
+
+def test_store_keeps_whole_lines_only(tmp_path):
+    study = settings.load()
+    store = Store(tmp_path, study)
+    first, second = _result("one"), _result("two")
+    store.add(first)
+    store.add(second)
+    file = tmp_path / "test.jsonl"
+    file.write_bytes(file.read_bytes()[:-20])  # as a full disk or a lost machine leaves it
+    reopened = Store(tmp_path, study)
+    assert first["key"] in reopened and second["key"] not in reopened
+    reopened.add(second)
+    assert Store(tmp_path, study)[second["key"]]["solved"] == second["solved"]
+    assert {"session", "date"} <= set(Store(tmp_path, study)[first["key"]])
+    assert reopened.sessions[0]["versions"]["trl"]
+
+
+def test_store_refuses_results_of_other_settings(tmp_path):
+    Store(tmp_path, settings.load())
+    with pytest.raises(ValueError, match=r"`results`: .* holds results of other settings"):
+        Store(tmp_path, settings.load(quick=True))
+
+
+def test_pending_runs_begin_with_the_controls_and_leave_out_what_is_known(tmp_path):
+    study = settings.load(quick=True)
+    store = Store(tmp_path, study)
+    first = next(pending(study, store))
+    assert first == base_run(study.settings[0], TEST, study.test["seeds"][0])
+    store.results[first.key] = _result("any")
+    assert next(pending(study, store)) != first
+
+
+def _row(*seeds: dict[str, list[int]], samples: int = 4) -> Row:
+    return Row("any", tuple({"solved": solved, "others": {}} for solved in seeds), samples)
+
+
+def test_accuracies_are_read_in_three_ways():
+    row = _row({"0": [1, 0, 1, 1], "0.5": [4, 4, 0, 0], "1": [2, 1, 2, 3]})
+    assert row.solved(GREEDY) == [[1, 0, 1, 1]]
+    assert row.solved(AT_ONE) == [[0.5, 0.25, 0.5, 0.75]]
+    # On the even prompts both temperatures solve half, on the odd ones 0.5 and 0.5: the first named wins.
+    assert row.solved(AT_BEST) == [[1.0, 1.0, 0.0, 0.0]]
+
+
+def test_best_temperature_is_chosen_on_the_other_half():
+    """Each half of the prompts prefers a temperature at which the other half fails."""
+    row = _row({"0": [0] * 4, "0.5": [4, 0, 4, 0], "1": [0, 4, 0, 4]})
+    assert row.accuracy(AT_BEST) == 0.0
+    row = _row({"0": [0] * 4, "0.5": [3, 3, 3, 3], "1": [1, 1, 1, 1]})
+    assert row.accuracy(AT_BEST) == 0.75
+
+
+def test_difference_is_paired_and_takes_the_larger_error():
+    mine = _row({"0": [1, 1, 0, 1], "1": [0] * 4}, {"0": [1, 0, 0, 1], "1": [0] * 4})
+    other = _row({"0": [1, 0, 0, 1], "1": [0] * 4}, {"0": [1, 0, 0, 0], "1": [0] * 4})
+    found = difference(mine, other, GREEDY)
+    values = [0, 1, 0, 0, 0, 0, 0, 1]
+    assert found.value == pytest.approx(0.25)
+    assert found.error == pytest.approx(statistics.stdev(values) / 8**0.5)  # both seeds agree exactly
+    assert found.sign == 0
+    apart = _row({"0": [1, 1, 1, 1], "1": [0] * 4}, {"0": [1, 0, 0, 0], "1": [0] * 4})
+    found = difference(apart, other, GREEDY)
+    assert found.error == pytest.approx(statistics.stdev([0.5, 0.0]) / 2**0.5)
+
+
+def test_tuning_score_weighs_greedy_and_sampled_alike():
+    study = settings.load()
+    result = {"solved": {"0": [1, 0], "1": [4, 4]}, "others": {"gcd": [0.0, 0.0]}}
+    plain, weighed = SimpleNamespace(others_weight=0.0), SimpleNamespace(others_weight=0.5)
+    assert study.tuning["samples"] == 4
+    assert score(result, plain, study) == 0.75
+    assert score(result, weighed, study) == 0.375
