@@ -7,7 +7,7 @@ from typing import Any
 
 from . import runs
 from .evaluation import mean
-from .search import Point
+from .runs import Run
 from .settings import Setting, Study
 from .store import Store
 from .study import Cell, cells
@@ -115,44 +115,57 @@ def _with_error(seeds: Sequence[Sequence[float]]) -> Difference:
     return Difference(mean(prompts), max(errors))
 
 
-def rows(setting: Setting, study: Study, store: Store) -> list[Row]:
-    """All that has been tested in a setting: the untrained base, the teacher if there is one, every method."""
-    samples, seeds = study.test["samples"], study.test["seeds"]
-    controls = {BASE: [runs.base_run(setting, runs.TEST, seed) for seed in seeds]}
-    if setting.reference in study.teachers:
-        controls[TEACHER] = [runs.model_run(setting.reference, setting, seed) for seed in seeds]
-    found = []
-    for name, wanted in controls.items():
-        if all(run.key in store for run in wanted):
-            found.append(Row(name, tuple(store[run.key] for run in wanted), samples))
-    for cell in cells(study):
-        if cell.setting == setting and (row := _row(cell, study, store)):
-            found.append(row)
-    return found
+class Tested:
+    """What has been tested in each setting of a study, read from its results once."""
 
+    def __init__(self, study: Study, store: Store):
+        self.study = study
+        self.store = store
+        self._cells = cells(study)
+        self._rows = {setting.name: self._rows_of(setting) for setting in study.settings}
 
-def _row(cell: Cell, study: Study, store: Store) -> Row | None:
-    tests = cell.tests(study, store)
-    if not tests or not all(run.key in store for run in tests):
-        return None
-    scores, _ = cell.scores(study, store)
-    point = cell.search(study).best(scores)
-    method = cell.method
-    return Row(
-        method.name,
-        tuple(store[run.key] for run in tests),
-        study.test["samples"],
-        tests[0].learning_rate,
-        f"{method.knob} = {method.ladder[point.knob]:g}" if method.knob else "",
-        bool(cell.search(study).edges(scores)),
-    )
+    def rows(self, setting: Setting) -> list[Row]:
+        """The untrained base, the teacher if there is one, every method with all its seeds."""
+        return list(self._rows[setting.name].values())
 
+    def row(self, setting: Setting, name: str) -> Row | None:
+        """The row of that name; None if it is not there, or not yet."""
+        return self._rows[setting.name].get(name)
 
-def rate_curve(cell: Cell, study: Study, store: Store) -> dict[float, float]:
-    """The best score in tuning at every learning rate that was tried."""
-    scores, _ = cell.scores(study, store)
-    best: dict[float, float] = {}
-    for point, score in scores.items():
-        rate = cell.run(study, Point(point.rate, point.knob), runs.TUNE, study.tuning["seed"]).learning_rate
-        best[rate] = max(score, best.get(rate, 0.0))
-    return dict(sorted(best.items()))
+    def settings(self, baseline: str) -> list[Setting]:
+        """The settings in which a baseline has been tested."""
+        return [setting for setting in self.study.settings if self.row(setting, baseline)]
+
+    def rate_curves(self, method: str) -> list[dict[float, float]]:
+        """For each setting, the best score in tuning at every learning rate that was tried."""
+        return [self._rate_curve(cell) for cell in self._cells if cell.method.name == method]
+
+    def _rows_of(self, setting: Setting) -> dict[str, Row]:
+        seeds = self.study.test["seeds"]
+        controls = {BASE: [runs.base_run(setting, runs.TEST, seed) for seed in seeds]}
+        if setting.reference in self.study.teachers:
+            controls[TEACHER] = [runs.model_run(setting.reference, setting, seed) for seed in seeds]
+        found = [self._row(name, tests) for name, tests in controls.items()]
+        found += [self._cell_row(cell) for cell in self._cells if cell.setting == setting]
+        return {row.name: row for row in found if row}
+
+    def _row(self, name: str, tests: list[Run], **choice: Any) -> Row | None:
+        if not tests or not all(run.key in self.store for run in tests):
+            return None
+        return Row(name, tuple(self.store[run.key] for run in tests), self.study.test["samples"], **choice)
+
+    def _cell_row(self, cell: Cell) -> Row | None:
+        tests = cell.tests(self.study, self.store)
+        if not tests:
+            return None
+        method, search, scores = cell.method, cell.search(self.study), cell.scores(self.study, self.store)[0]
+        knob = f"{method.knob} = {method.ladder[search.best(scores).knob]:g}" if method.knob else ""
+        edge = bool(search.edges(scores))
+        return self._row(method.name, tests, learning_rate=tests[0].learning_rate, knob=knob, on_edge=edge)
+
+    def _rate_curve(self, cell: Cell) -> dict[float, float]:
+        best: dict[float, float] = {}
+        for point, score in cell.scores(self.study, self.store)[0].items():
+            rate = cell.run(self.study, point, runs.TUNE, self.study.tuning["seed"]).learning_rate
+            best[rate] = max(score, best.get(rate, 0.0))
+        return dict(sorted(best.items()))

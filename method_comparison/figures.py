@@ -10,14 +10,10 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
-from . import analysis
-from .analysis import AT_BEST, BASE, difference
-from .settings import Study
-from .store import Store
-from .study import cells
+from .analysis import AT_BEST, BASE, MEASURES, Tested, difference
 
 
-def draw(name: str, study: Study, store: Store, directory: Path) -> Path:
+def draw(name: str, tested: Tested, directory: Path) -> Path:
     """Draw a figure into `directory / figures`.
 
     Raises:
@@ -27,25 +23,24 @@ def draw(name: str, study: Study, store: Store, directory: Path) -> Path:
         raise ValueError(f"`{name}` is unknown: choose one of {', '.join(FIGURES)}.")
     path = directory / "figures" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure = FIGURES[name](study, store)
+    figure = FIGURES[name](tested)
     figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
     return path
 
 
-def _differences(study: Study, store: Store) -> Any:
+def _differences(tested: Tested) -> Any:
     """Methods by settings, coloured by the difference to SFT; a dot where it lies beyond two standard errors."""
-    settings = [(setting, analysis.rows(setting, study, store)) for setting in study.settings]
-    settings = [(setting, {row.name: row for row in rows}) for setting, rows in settings]
-    settings = [(setting, rows) for setting, rows in settings if "sft" in rows]
-    names = [method.name for method in study.methods if method.name != "sft"]
+    settings = tested.settings("sft")
+    names = [method.name for method in tested.study.methods if method.name != "sft"]
     figure, axes = plt.subplots(figsize=(1.2 + 0.75 * len(settings), 1 + 0.36 * len(names)))
     image = None
-    for column, (_, rows) in enumerate(settings):
+    for column, setting in enumerate(settings):
         for line, name in enumerate(names):
-            if name not in rows:
+            row = tested.row(setting, name)
+            if row is None:
                 continue
-            found = difference(rows[name], rows["sft"], AT_BEST)
+            found = difference(row, tested.row(setting, "sft"), AT_BEST)
             image = axes.scatter(
                 column, line, s=420, marker="s", c=[100 * found.value], cmap="RdBu", vmin=-20, vmax=20
             )
@@ -53,7 +48,7 @@ def _differences(study: Study, store: Store) -> Any:
             shade = "white" if abs(found.value) > 0.13 else "black"
             text = f"{100 * found.value:+.0f}"
             axes.text(column, line, text, ha="center", va="center", fontsize=8, weight=weight, color=shade)
-    axes.set_xticks(range(len(settings)), [setting.name for setting, _ in settings], rotation=45, ha="right")
+    axes.set_xticks(range(len(settings)), [setting.name for setting in settings], rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
     axes.set_xlim(-0.6, len(settings) - 0.4)
     axes.set_ylim(len(names) - 0.4, -0.6)
@@ -63,17 +58,15 @@ def _differences(study: Study, store: Store) -> Any:
     return figure
 
 
-def _rates(study: Study, store: Store) -> Any:
+def _rates(tested: Tested) -> Any:
     """Tuning score by learning rate, each method in its settings."""
-    names = [method.name for method in study.methods]
+    names = [method.name for method in tested.study.methods]
     columns = 5
     lines = -(-len(names) // columns)
     figure, grid = plt.subplots(lines, columns, figsize=(13, 2.4 * lines), sharex=True, sharey=True, squeeze=False)
     for axes, name in zip(grid.flat, names, strict=False):
-        for cell in cells(study):
-            if cell.method.name == name:
-                curve = analysis.rate_curve(cell, study, store)
-                axes.plot(list(curve), list(curve.values()), marker=".", linewidth=1, alpha=0.7)
+        for curve in tested.rate_curves(name):
+            axes.plot(list(curve), list(curve.values()), marker=".", linewidth=1, alpha=0.7)
         axes.set_xscale("log")
         axes.set_title(name, fontsize=9)
         axes.grid(alpha=0.3)
@@ -85,25 +78,20 @@ def _rates(study: Study, store: Store) -> Any:
     return figure
 
 
-def _noise(study: Study, store: Store) -> Any:
+def _noise(tested: Tested) -> Any:
     """Accuracy by the share of demonstrations with a wrong step."""
-    wanted = [name for name in ("clean", "wrong10", "wrong30") if any(s.name == name for s in study.settings)]
-    shares = [next(100 * s.share for s in study.settings if s.name == name) for name in wanted]
-    by_setting = [
-        {row.name: row for row in analysis.rows(next(s for s in study.settings if s.name == name), study, store)}
-        for name in wanted
-    ]
-    figure, grid = plt.subplots(1, len(analysis.MEASURES), figsize=(13, 4), sharey=True)
+    settings = [setting for setting in tested.study.settings if setting.name in ("clean", "wrong10", "wrong30")]
+    shares = [100 * setting.share for setting in settings]
+    figure, grid = plt.subplots(1, len(MEASURES), figsize=(13, 4), sharey=True)
     colours = plt.get_cmap("tab20")
-    for axes, measure in zip(grid, analysis.MEASURES, strict=True):
-        for number, method in enumerate(study.methods):
-            rows = [rows.get(method.name) for rows in by_setting]
-            if all(rows) and rows:
+    for axes, measure in zip(grid, MEASURES, strict=True):
+        for number, method in enumerate(tested.study.methods):
+            rows = [tested.row(setting, method.name) for setting in settings]
+            if rows and all(rows):
                 values = [100 * row.accuracy(measure) for row in rows]
                 axes.plot(shares, values, marker="o", label=method.name, color=colours(number))
-        if by_setting and BASE in by_setting[0]:
-            level = 100 * by_setting[0][BASE].accuracy(measure)
-            axes.axhline(level, color="grey", linestyle=":", label="untrained base")
+        if settings and (base := tested.row(settings[0], BASE)):
+            axes.axhline(100 * base.accuracy(measure), color="grey", linestyle=":", label="untrained base")
         axes.set_title(measure, fontsize=10)
         axes.set_xlabel("demonstrations with a wrong step, %")
         axes.grid(alpha=0.3)
@@ -113,13 +101,11 @@ def _noise(study: Study, store: Store) -> Any:
     return figure
 
 
-def _forgetting(study: Study, store: Store) -> Any:
+def _forgetting(tested: Tested) -> Any:
     """Accuracy on the narrow task against accuracy on all others."""
     figure, axes = plt.subplots(figsize=(6.5, 5))
-    for setting in study.settings:
-        if not setting.others_weight:
-            continue
-        for row in analysis.rows(setting, study, store):
+    for setting in tested.study.settings:
+        for row in tested.rows(setting) if setting.others_weight else ():
             if row.others is not None:
                 axes.scatter(100 * row.others, 100 * row.accuracy(AT_BEST), s=18)
                 axes.annotate(row.name, (100 * row.others, 100 * row.accuracy(AT_BEST)), fontsize=7)

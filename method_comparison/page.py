@@ -6,10 +6,13 @@ from pathlib import Path
 from trl_qtarget.files import replacing
 
 from . import figures, tables
+from .analysis import Tested
 from .settings import HERE, Study
 from .store import Store
 
 
+# The words of the committed page.
+TEMPLATE = HERE / "page.template.md"
 # The page of a rerun: all tables, without the words that were written about other results.
 PLAIN = """# Comparison of methods
 
@@ -51,23 +54,25 @@ def write(study: Study, store: Store, directory: Path, template: Path | None = N
         The path of the page.
 
     Raises:
-        ValueError: the template has a mark that is unknown.
+        ValueError: there are no results, or the template has a mark that is unknown.
     """
+    if not store.results:
+        raise ValueError(f"`results`: {store.directory} holds no results to write about.")
     text = template.read_text(encoding="utf-8") if template else PLAIN
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "README.md"
-    filled = re.sub(r"\{\{(.+?)\}\}", lambda found: _fill(found[1], study, store, directory), text)
+    path, tested = directory / "README.md", Tested(study, store)
+    filled = re.sub(r"\{\{(.+?)\}\}", lambda found: _fill(found[1], tested, directory), text)
     with replacing(path) as whole:
         whole.write_text(filled, encoding="utf-8")
     return path
 
 
-def _fill(mark: str, study: Study, store: Store, directory: Path) -> str:
+def _fill(mark: str, tested: Tested, directory: Path) -> str:
     name, *options = mark.split(":")
     if name == "figure":
-        return f"![{options[0]}]({figures.draw(options[0], study, store, directory).relative_to(directory)})"
+        return f"![{options[0]}]({figures.draw(options[0], tested, directory).relative_to(directory)})"
     if name == "setting":
-        return tables.setting_table(next(s for s in study.settings if s.name == options[0]), study, store)
+        return tables.setting_table(next(s for s in tested.study.settings if s.name == options[0]), tested)
     makers = {
         "facts": facts,
         "models": tables.models_table,
@@ -75,15 +80,17 @@ def _fill(mark: str, study: Study, store: Store, directory: Path) -> str:
         "differences": tables.difference_table,
         "rates": tables.rates_table,
         "knobs": tables.knobs_table,
+        "knob_names": knob_names,
         "settings": _settings,
     }
     if name not in makers:
         raise ValueError(f"`{{{{{mark}}}}}` is unknown: choose one of figure, setting, {', '.join(makers)}.")
-    return makers[name](study, store, *options)
+    return makers[name](tested, *options)
 
 
-def facts(study: Study, store: Store) -> str:
+def facts(tested: Tested) -> str:
     """One sentence on where the numbers come from."""
+    store = tested.store
     results = store.results.values()
     dates = sorted({result["date"] for result in results})
     hours = sum(result["seconds"] for result in results) / 3600
@@ -95,11 +102,13 @@ def facts(study: Study, store: Store) -> str:
     )
 
 
-def _settings(study: Study, store: Store) -> str:
+def knob_names(tested: Tested) -> str:
+    """Which knob of each method was tuned."""
+    return ", ".join(f"`{method.name}`: {method.knob}" for method in tested.study.methods if method.knob)
+
+
+def _settings(tested: Tested) -> str:
     return "\n\n".join(
-        f"### `{setting.name}`: {setting.title}\n\n{tables.setting_table(setting, study, store)}"
-        for setting in study.settings
+        f"### `{setting.name}`: {setting.title}\n\n{tables.setting_table(setting, tested)}"
+        for setting in tested.study.settings
     )
-
-
-TEMPLATE = HERE / "page.template.md"

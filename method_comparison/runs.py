@@ -45,6 +45,7 @@ class Run:
     target: tuple[tuple[str, Any], ...]
     learning_rate: float
     seed: int
+    replica: int = 0
 
     @property
     def key(self) -> str:
@@ -58,7 +59,8 @@ def make_run(setting: Setting, method: Method, knob: int, learning_rate: float, 
     """The run of a method in a setting."""
     reference = "none" if method.needs == "nothing" else setting.reference
     target = tuple(method.target(knob, setting.reference).items())
-    return Run(phase, setting.task, setting.kind, setting.share, reference, method.name, target, learning_rate, seed)
+    data = (setting.task, setting.kind, setting.share, reference)
+    return Run(phase, *data, method.name, target, learning_rate, seed, method.replica)
 
 
 def base_run(setting: Setting, phase: str, seed: int) -> Run:
@@ -98,7 +100,7 @@ def _trainer(run: Run, study: Study, models: Path, scratch: Path) -> QTargetSFTT
     name = run.reference if run.method == "teacher" else base
     target = dict(run.target) or {"method": "sft"}
     # 1000 apart: what one seed decides (problems, noise, order) has nothing in common with what another does.
-    data_seed = 1000 * (run.seed + 1) + (500 if run.phase == TUNE else 0)
+    data_seed = 1000 * (run.seed + 1) + (500 if run.phase == TUNE else 0) + 100 * run.replica
     pairs, _ = demonstrations(
         problems(run.task, options["demonstrations"], "train", data_seed), run.kind, run.share, data_seed
     )

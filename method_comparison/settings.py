@@ -23,7 +23,8 @@ class Method:
     """One row of the tables: a target, and the knob that is tuned beside the learning rate.
 
     `needs` says what the target needs beyond the policy: "nothing", a "reference" (the untrained base, or a teacher
-    where the setting has one), or a "teacher".
+    where the setting has one), or a "teacher". A `replica` other than 0 means other demonstrations in another order: a
+    method named twice shows how often the whole procedure finds a difference where there is none.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Method:
     knob: str | None
     ladder: tuple[float, ...]
     default: float | None
+    replica: int = 0
 
     def target(self, knob: int, reference: str) -> dict[str, Any]:
         """Fields of the `QTargetConfig` with the knob at its `knob`-th value."""
@@ -120,7 +122,8 @@ def _method(name: str, fields: dict[str, Any]) -> Method:
     knob = fields.get("knob")
     config = fields.get("config", {"method": name})
     needs = fields.get("needs", "nothing")
-    method = Method(name, needs, config, knob, tuple(fields.get("ladder", (0,))), fields.get("default"))
+    ladder = tuple(fields.get("ladder", (0,)))
+    method = Method(name, needs, config, knob, ladder, fields.get("default"), fields.get("replica", 0))
     if needs not in ("nothing", "reference", "teacher"):
         raise ValueError(f"`needs={needs!r}` of `{name}` must be 'nothing', 'reference' or 'teacher'.")
     if knob and method.default not in method.ladder:

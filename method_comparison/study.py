@@ -1,6 +1,9 @@
 """The whole study: which run comes next, on all cores at once. An interruption loses at most the runs in it."""
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -171,4 +174,12 @@ def _pool(workers: int, steps: Any = None) -> ProcessPoolExecutor:
 
 def _start_worker(steps: Any) -> None:
     _worker.steps = steps
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word; the parent says what is to be said
+    # Where the parent is killed, nobody else would end its workers.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     runs.quiet()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 
-from . import analysis
-from .analysis import AT_BEST, AT_ONE, BASE, GREEDY, MEASURES, TEACHER, Row, difference
-from .settings import Setting, Study
-from .store import Store
+from .analysis import AT_BEST, BASE, MEASURES, TEACHER, Row, Tested, difference
+from .settings import Setting
 
 
-ADAPTED = (BASE, TEACHER)
+CONTROLS = (BASE, TEACHER)
 
 
 def _table(heads: list[str], lines: list[list[str]]) -> str:
@@ -32,23 +30,18 @@ def _against(row: Row, baseline: Row, measure: str) -> str:
     return f"**{text}**" if found.sign else text
 
 
-def _named(rows: list[Row], name: str) -> Row | None:
-    return next((row for row in rows if row.name == name), None)
-
-
-def setting_table(setting: Setting, study: Study, store: Store) -> str:
+def setting_table(setting: Setting, tested: Tested) -> str:
     """Everything measured in one setting."""
-    rows = analysis.rows(setting, study, store)
-    sft, base = _named(rows, "sft"), _named(rows, BASE)
+    sft, base = tested.row(setting, "sft"), tested.row(setting, BASE)
     heads = ["method", "knob", "learning rate", *MEASURES, "− sft, best T", "NLL", "entropy", "other tasks"]
     lines = []
-    for row in sorted(rows, key=lambda row: (row.name not in ADAPTED, -row.accuracy(AT_BEST))):
+    for row in sorted(tested.rows(setting), key=lambda row: (row.name not in CONTROLS, -row.accuracy(AT_BEST))):
         rate = "" if row.learning_rate is None else f"{row.learning_rate:.2g}" + (" †" if row.on_edge else "")
         accuracies = [_percent(row.accuracy(measure)) for measure in MEASURES]
         accuracies[1] += f" ({row.best_temperature})"
         lines.append(
             [
-                f"`{row.name}`" if row.name not in ADAPTED else row.name,
+                f"`{row.name}`" if row.name not in CONTROLS else row.name,
                 row.knob,
                 rate,
                 *accuracies,
@@ -69,27 +62,26 @@ def _others(row: Row, base: Row | None) -> str:
     return f"{_percent(row.others)} ({_points(row.others - base.others)})"
 
 
-def difference_table(study: Study, store: Store, baseline: str, measure: str) -> str:
+def difference_table(tested: Tested, baseline: str, measure: str) -> str:
     """Methods by settings: difference to a baseline, bold beyond two standard errors."""
-    by_setting = {setting.name: analysis.rows(setting, study, store) for setting in study.settings}
-    by_setting = {name: rows for name, rows in by_setting.items() if _named(rows, baseline)}
-    lines = []
-    for name in [BASE, *(method.name for method in study.methods)]:
+    settings, lines = tested.settings(baseline), []
+    for name in [BASE, *(method.name for method in tested.study.methods)]:
         cells = []
-        for rows in by_setting.values():
-            row, other = _named(rows, name), _named(rows, baseline)
-            cells.append("" if row is None or other is None or row is other else _against(row, other, measure))
+        for setting in settings:
+            row, other = tested.row(setting, name), tested.row(setting, baseline)
+            cells.append("" if row is None or row is other else _against(row, other, measure))
         if any(cells):
             lines.append([f"`{name}`" if name != BASE else name, *cells])
-    accuracies = [_percent(_named(rows, baseline).accuracy(measure)) for rows in by_setting.values()]
-    return _table(["method", *by_setting], [[f"`{baseline}` itself", *accuracies], *lines])
+    accuracies = [_percent(tested.row(setting, baseline).accuracy(measure)) for setting in settings]
+    heads = ["method", *(setting.name for setting in settings)]
+    return _table(heads, [[f"`{baseline}` itself", *accuracies], *lines])
 
 
-def wins_table(study: Study, store: Store, baseline: str) -> str:
+def wins_table(tested: Tested, baseline: str) -> str:
     """In how many settings each method beats a baseline, or loses to it, under each measure and under two of them."""
     lines = []
-    for method in study.methods:
-        signs = _signs(method.name, study, store, baseline)
+    for method in tested.study.methods:
+        signs = _signs(method.name, tested, baseline)
         if not signs:
             continue
         cells = []
@@ -101,46 +93,44 @@ def wins_table(study: Study, store: Store, baseline: str) -> str:
     return _table(["method", "settings", *MEASURES, "beyond doubt: wins / losses"], lines)
 
 
-def _signs(name: str, study: Study, store: Store, baseline: str) -> list[list[int]]:
+def _signs(name: str, tested: Tested, baseline: str) -> list[list[int]]:
     """For each setting with both, the sign of the difference under each measure."""
     found = []
-    for setting in study.settings:
-        rows = analysis.rows(setting, study, store)
-        row, other = _named(rows, name), _named(rows, baseline)
-        if row and other and row is not other:
+    for setting in tested.settings(baseline):
+        row, other = tested.row(setting, name), tested.row(setting, baseline)
+        if row and row is not other:
             found.append([difference(row, other, measure).sign for measure in MEASURES])
     return found
 
 
-def choices_table(study: Study, store: Store, cell: Callable[[Row], str]) -> str:
+def choices_table(tested: Tested, cell: Callable[[Row], str]) -> str:
     """Methods by settings: what tuning chose."""
-    by_setting = {setting.name: analysis.rows(setting, study, store) for setting in study.settings}
-    lines = []
-    for method in study.methods:
-        rows = [_named(rows, method.name) for rows in by_setting.values()]
+    settings, lines = tested.study.settings, []
+    for method in tested.study.methods:
+        rows = [tested.row(setting, method.name) for setting in settings]
         if any(rows):
             lines.append([f"`{method.name}`", *(cell(row) if row else "" for row in rows)])
-    return _table(["method", *by_setting], lines)
+    return _table(["method", *(setting.name for setting in settings)], lines)
 
 
-def rates_table(study: Study, store: Store) -> str:
+def rates_table(tested: Tested) -> str:
     """The learning rates that tuning chose, in units of 1e-3."""
-    return choices_table(study, store, lambda row: f"{1e3 * row.learning_rate:.2g}" + (" †" if row.on_edge else ""))
+    return choices_table(tested, lambda row: f"{1e3 * row.learning_rate:.2g}" + (" †" if row.on_edge else ""))
 
 
-def knobs_table(study: Study, store: Store) -> str:
+def knobs_table(tested: Tested) -> str:
     """The knobs that tuning chose."""
-    return choices_table(study, store, lambda row: row.knob.partition(" = ")[2])
+    return choices_table(tested, lambda row: row.knob.partition(" = ")[2])
 
 
-def models_table(study: Study, store: Store) -> str:
+def models_table(tested: Tested) -> str:
     """The untrained bases and the teachers on each task."""
     lines, seen = [], set()
-    for setting in study.settings:
-        for row in analysis.rows(setting, study, store):
+    for setting in tested.study.settings:
+        for row in tested.rows(setting):
             name = row.name if row.name == BASE else f"{setting.reference} teacher"
-            if row.name in ADAPTED and (name, setting.task) not in seen:
+            if row.name in CONTROLS and (name, setting.task) not in seen:
                 seen.add((name, setting.task))
-                values = [_percent(row.accuracy(measure)) for measure in (AT_ONE, AT_BEST, GREEDY)]
+                values = [_percent(row.accuracy(measure)) for measure in MEASURES]
                 lines.append([setting.task, name, *values, f"{row.mean('nll'):.3f}", f"{row.mean('entropy'):.3f}"])
-    return _table(["task", "model", AT_ONE, AT_BEST, GREEDY, "NLL", "entropy"], sorted(lines))
+    return _table(["task", "model", *MEASURES, "NLL", "entropy"], sorted(lines))

@@ -1,13 +1,18 @@
 """The comparison of methods: its problems, its demonstrations, its search, and the numbers on its page."""
 
+import json
 import random
 import re
 import statistics
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from launch import end, finish, start
 
 from method_comparison import settings
 from method_comparison.analysis import AT_BEST, AT_ONE, GREEDY, Row, difference
@@ -314,3 +319,47 @@ def test_tuning_score_weighs_greedy_and_sampled_alike():
     assert study.tuning["samples"] == 4
     assert score(result, plain, study) == 0.75
     assert score(result, weighed, study) == 0.375
+
+
+# --- the whole of it ---
+
+
+@pytest.mark.slow
+def test_quick_study_runs_and_goes_on_after_it_was_killed(tmp_path):
+    """From nothing to the page, killed on the way with whatever it had started. Takes about ten minutes."""
+    results = tmp_path / "results"
+    command = [sys.executable, "-m", "method_comparison", "--quick", "--results", str(results)]
+    tuned, log = results / "tuning.jsonl", tmp_path / "log"
+    job = start(command, log)
+    try:
+        while not (tuned.is_file() and tuned.read_bytes().count(b"\n") >= 5):
+            assert job.poll() is None, log.read_text()[-3000:]
+            time.sleep(0.2)
+    finally:
+        end(job)
+    before = tuned.read_bytes()
+    models = {path: path.stat().st_mtime_ns for path in results.glob("models/*/model.safetensors")}
+    finish(start(command, log), log, timeout=1500)
+    after = tuned.read_bytes()
+    assert after.startswith(before[: before.rindex(b"\n") + 1]), "what was known was not run again"
+    assert {path: path.stat().st_mtime_ns for path in models} == models
+    study = settings.load(quick=True)
+    store = Store(results, study, writable=False)
+    lines = [json.loads(line)["key"] for name in ("tuning", "test") for line in _lines(results / f"{name}.jsonl")]
+    assert len(lines) == len(set(lines)) == len(store.results)
+    assert not list(pending(study, store))
+    page = (results / "README.md").read_text()
+    for method in study.methods:
+        assert f"| `{method.name}` |" in page
+    for figure in re.findall(r"\((figures/.+?)\)", page):
+        assert (results / figure).stat().st_size > 10_000
+    # Every prompt has a count within its samples, from every run.
+    for result in store.results.values():
+        options = study.tuning if result["phase"] == TUNE else study.test
+        for temperature, counts in result["solved"].items():
+            assert len(counts) == options["prompts"]
+            assert all(0 <= count <= (1 if temperature == "0" else options["samples"]) for count in counts)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
