@@ -1,0 +1,88 @@
+"""`trl-qtarget sft`: check the arguments, and hand them to `accelerate launch`."""
+
+import importlib.resources
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate.commands.launch import launch_command, launch_command_parser
+
+from .options import check_known, suggestion
+from .sft import local_format, make_parser
+
+
+SCRIPT = "trl_qtarget.cli.sft"
+CONFIGS = "trl.accelerate_configs"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Launch the training.
+
+    Raises:
+        ValueError: an argument is wrong; nothing has been started.
+    """
+    arguments = _separated(arguments)
+    parser = make_parser("trl-qtarget sft")
+    # Made here only to be checked: a mistake should not cost the start of eight processes.
+    script, _, _, mixture, *_, of_config, of_command = parser.parse_args_and_config(
+        arguments, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    launcher = launch_command_parser()
+    options = [*launcher._option_string_actions, "--accelerate_config"]
+    check_known([*of_config, *of_command], options, [*options, *parser._option_string_actions])
+    for name in [each.path for each in mixture.datasets] or [script.dataset_name or ""]:
+        local_format(name)
+    launch_arguments = with_accelerate_config([*of_config, *of_command])
+    script_arguments = _without(arguments, of_command)
+    # As a module: a script's folder would become the first place where every import looks.
+    launched = launcher.parse_args([*launch_arguments, "--module", SCRIPT, *script_arguments])
+    if launched.training_script != SCRIPT:
+        raise ValueError(f"`{launched.training_script}` belongs to no option: remove it, or put its option before it.")
+    try:
+        launch_command(launched)
+    except subprocess.CalledProcessError as error:  # the script has said what was wrong
+        return error.returncode
+    return 0
+
+
+def _separated(arguments: Sequence[str]) -> list[str]:
+    """`--config=file` in two, as TrlParser wants it."""
+    return [part for item in arguments for part in (item.split("=", 1) if item.startswith("--config=") else [item])]
+
+
+def _without(arguments: Sequence[str], taken: Sequence[str]) -> list[str]:
+    """The arguments without those that the launcher takes, which stand among them in the same order."""
+    left = list(taken)
+    return [item for item in arguments if not (left and item == left[0] and left.pop(0) is not None)]
+
+
+def with_accelerate_config(arguments: Sequence[str]) -> list[str]:
+    """`--accelerate_config NAME` as Accelerate's own `--config_file PATH`.
+
+    Args:
+        arguments: options of the launcher; NAME is a file, or one of the configurations that come with TRL.
+
+    Raises:
+        ValueError: there is no such file or configuration.
+    """
+    arguments = [part for item in arguments for part in _split(item)]
+    if "--accelerate_config" not in arguments:
+        return arguments
+    index = arguments.index("--accelerate_config")
+    if index + 1 == len(arguments):
+        raise ValueError("`--accelerate_config` needs a value: a file, or the name of a configuration.")
+    name = arguments[index + 1]
+    path = Path(name)
+    if not path.is_file():
+        known = sorted(
+            file.name[:-5] for file in importlib.resources.files(CONFIGS).iterdir() if file.suffix == ".yaml"
+        )
+        if name not in known:
+            hint = suggestion(name, known) or f": choose one of {', '.join(known)}, or a file."
+            raise ValueError(f"`--accelerate_config {name}` is neither a file nor a known configuration{hint}")
+        path = importlib.resources.files(CONFIGS) / f"{name}.yaml"
+    return ["--config_file", str(path), *arguments[:index], *arguments[index + 2 :]]
+
+
+def _split(item: str) -> list[str]:
+    return item.split("=", 1) if item.startswith("--accelerate_config=") else [item]
