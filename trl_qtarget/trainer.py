@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
+from .card import add_target, describe_prior
 from .checkpoints import check_checkpoint, last_whole_checkpoint
 from .config import QTargetConfig
 from .data import (
@@ -29,16 +31,13 @@ from .data import (
 )
 from .head import QTargetOutput, TargetRequest, add_target_head
 from .lagged import LaggedPrior, PriorCallback
-from .linear import LinearQTargetOutput
+from .metrics import local_sums, target_means
 from .priors import AdapterOffPrior, Prior, base_model_of
 from .references import check_base, check_reference, load_reference, reference_prior, starting_copy, uses_reference
 from .shards import in_zero3
 
 
 logger = get_logger(__name__)
-
-# What is logged of the target, each a mean over the scored tokens (KL: over those whose target is a distribution).
-TARGET_METRICS = ("nll", "trust", "label_mass", "kl")
 
 # Arguments of the policy's forward that a prior's backbone is not given.
 _POLICY_ALONE = ("labels", "output_router_logits")
@@ -99,6 +98,7 @@ class QTargetSFTTrainer(SFTTrainer):
             self.data_collator = TokenColumnCollator.extending(self.data_collator, self._token_columns)
         add_target_head(base_model_of(self.model))
         self._prior = self._choose_prior(ref_model)
+        self._prior_description = describe_prior(self._prior, ref_model)
         self._objective = self.qtarget_config.objective(has_prior=self._prior is not None)
         self._totals: dict[str, Tensor] = {}
         self._new_tokens: Tensor | int = 0
@@ -210,7 +210,7 @@ class QTargetSFTTrainer(SFTTrainer):
 
     def _record(self, outputs: QTargetOutput, inputs: Mapping[str, Any]) -> None:
         mode = "train" if self.model.training else "eval"
-        sums = self.accelerator.gather(_local_sums(outputs.tokens, inputs)[None]).sum(0)
+        sums = self.accelerator.gather(local_sums(outputs.tokens, inputs)[None]).sum(0)
         count = sums[0].clamp(min=1)
         self._metrics[mode]["entropy"].append(sums[2] / count)
         self._metrics[mode]["mean_token_accuracy"].append(sums[3] / count)
@@ -229,12 +229,9 @@ class QTargetSFTTrainer(SFTTrainer):
         for key, values in metrics.items():
             metrics[key] = [value.item() if isinstance(value, Tensor) else value for value in values]
         if totals is not None:
-            count, _, _, _, *target_sums, kl_count = totals.tolist()
             metrics["num_tokens"] = [self._total_train_tokens]
-            for name, total in zip(TARGET_METRICS, target_sums, strict=True):
-                number = kl_count if name == "kl" else count
-                if number:
-                    metrics[f"target/{name}"] = [total / number]
+            for name, value in target_means(totals.tolist()).items():
+                metrics[name] = [value]
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -271,6 +268,13 @@ class QTargetSFTTrainer(SFTTrainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             self.qtarget_config.save_pretrained(output_dir or self.args.output_dir)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_target(Path(self.args.output_dir) / "README.md", self.qtarget_config, self._prior_description)
+            # Beside the card, for whatever is pushed while training goes on.
+            self.qtarget_config.save_pretrained(self.args.output_dir)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # PEFT reads adapters as float32, but those of a quantised model are trained in bfloat16: the run would go on
@@ -370,26 +374,3 @@ def _sequences_of(inputs: Mapping[str, Any]) -> Tensor:
         return (inputs["position_ids"] == 0).cumsum(-1)
     labels = inputs["labels"]
     return torch.arange(labels.size(0), device=labels.device)[:, None].expand_as(labels)
-
-
-def _local_sums(tokens: LinearQTargetOutput, inputs: Mapping[str, Any]) -> Tensor:
-    """This rank's sums: scored tokens, all tokens, entropy, top-1 hits, `TARGET_METRICS`, tokens with a KL."""
-    if "attention_mask" in inputs:
-        all_tokens = inputs["attention_mask"].sum()
-    elif "position_ids" in inputs:
-        all_tokens = torch.tensor(inputs["position_ids"].size(1))
-    else:
-        raise ValueError("`data_collator` must return `attention_mask` or `position_ids`: add one of them.")
-    has_kl = tokens.scored & ~tokens.kl.isnan()
-    sums = [
-        tokens.scored.sum(),
-        all_tokens,
-        tokens.entropy.sum(),
-        tokens.is_top1.sum(),
-        tokens.nll.sum(),
-        tokens.trust.sum(),
-        tokens.label_mass.sum(),
-        tokens.kl.nan_to_num(nan=0.0).sum(),
-        has_kl.sum(),
-    ]
-    return torch.stack([value.to(tokens.nll.device, torch.float32) for value in sums])
