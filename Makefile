@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 # Extra arguments: make demo ARGS="--method dft", make test ARGS="-k parity"
 ARGS ?=
 
-.PHONY: help demo test test-slow test-distributed lint format bench comparison clean
+.PHONY: help demo test test-slow test-distributed lint format bench comparison docs clean
 help:
 	@echo "make demo    fine-tune a real language model toward an explicit target (minutes on two cores)"
 	@echo "make test    run the tests;  make test-slow  those that take minutes"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-distributed   every target on every backend, in jobs of two processes (minutes)"
 	@echo "make lint    check style;    make format  mend it"
 	@echo "make comparison   compare all methods (hours; resumable);  ARGS=--quick  a subset (minutes)"
+	@echo "make docs    build the documentation into build/docs"
 	@echo "make bench   measure the loss and a training step against TRL; writes benchmarks/results/"
 
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
@@ -54,6 +55,11 @@ bench: $(VENV)/.ready
 	$(RUN) -m benchmarks.memory
 	$(RUN) -m benchmarks.step
 	$(RUN) -m benchmarks.report
+
+# Strict: a broken link is an error. Needs more than the tests do, so it is installed on first use.
+docs: $(VENV)/.ready
+	$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 # Goes on where it was interrupted; results and page in outputs/comparison.
 comparison: $(VENV)/.ready

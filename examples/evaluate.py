@@ -160,6 +160,7 @@ def sample_vllm(
     from vllm import LLM, SamplingParams
 
     model = LLM(arguments.model)
+    special = tokenizer.chat_template is None  # a chat template writes its own
     for start in range(0, len(problems), 64):
         chunk = problems[start : start + 64]
         options = [
@@ -172,8 +173,19 @@ def sample_vllm(
             )
             for problem in chunk
         ]
-        for found in model.generate([problem.prompt for problem in chunk], options, use_tqdm=False):
+        tokens = [tokenizer(problem.prompt, add_special_tokens=special)["input_ids"] for problem in chunk]
+        for found in model.generate([{"prompt_token_ids": ids} for ids in tokens], options, use_tqdm=False):
             yield [answer.text for answer in found.outputs]
+
+
+def resolve_backend(arguments: argparse.Namespace) -> str:
+    """What samples: vLLM where it is installed, but for adapters, which transformers loads with their base."""
+    adapter = (Path(arguments.model) / "adapter_config.json").is_file()
+    if adapter and arguments.backend == "vllm":
+        raise SystemExit("--backend vllm: merge the adapter into its base first, or take --backend transformers.")
+    if arguments.backend != "auto":
+        return arguments.backend
+    return "vllm" if find_spec("vllm") and not adapter else "transformers"
 
 
 # --- results ---
@@ -215,12 +227,10 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("--judge math needs math-verify: pip install math-verify, or choose another judge.")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     problems = load_problems(arguments, tokenizer)
+    arguments.backend = resolve_backend(arguments)
     done = read_done(arguments)
     left = [problem for problem in problems if problem.number not in done]
-    backend = arguments.backend
-    if backend == "auto":
-        backend = "vllm" if find_spec("vllm") else "transformers"
-    sample = sample_vllm if backend == "vllm" else sample_transformers
+    sample = sample_vllm if arguments.backend == "vllm" else sample_transformers
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with arguments.output.open("a", encoding="utf-8") as file:
         if not done:

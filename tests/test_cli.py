@@ -174,6 +174,7 @@ def _refused(capsys, *arguments: str) -> str:
         (["--ref_load_in_4bit", "--ref_load_in_8bit", "--ref_model_name_or_path", "x"], "exclude each other"),
         (["--dataset_name", "missing.jsonl"], "`missing.jsonl` does not exist"),
         (["stray"], "`stray` belongs to no option"),
+        (["--loss_type", "dft", "--method", "asft"], "contradicts `qtarget_config`"),
     ],
 )
 def test_mistakes_are_refused_before_anything_starts(capsys, arguments, message):
@@ -225,6 +226,8 @@ def test_accelerate_configs_of_trl_are_known_by_name(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text("num_processes: 2\n")
     assert with_accelerate_config([f"--accelerate_config={own}"]) == ["--config_file", str(own)]
+    both = ["--accelerate_config", "zero2", "--num_processes", "4", "--accelerate_config", "zero3"]
+    assert Path(with_accelerate_config(both)[1]).stem == "zero3", "the command line comes after the recipe"
     with pytest.raises(ValueError, match="needs a value"):
         with_accelerate_config(["--accelerate_config"])
 

@@ -54,6 +54,22 @@ def test_card_goes_before_the_versions_or_to_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("peft", [False, True])
+def test_saving_once_writes_the_card(tmp_path, peft):
+    trainer = make_trainer(
+        QTargetSFTTrainer,
+        tiny.text_dataset(),
+        tiny.model(),
+        options={"output_dir": str(tmp_path), "save_strategy": "no"},
+        peft_config=LoraConfig(target_modules=["q_proj"]) if peft else None,
+        qtarget_config="dft",
+    )
+    trainer.save_model()
+    assert (tmp_path / "README.md").read_text().count("### Training target") == 1
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    assert QTargetConfig.from_pretrained(tmp_path / "elsewhere").method == "dft"
+
+
+@pytest.mark.parametrize("peft", [False, True])
 def test_trained_model_loads_without_this_package(tmp_path, peft):
     base = tmp_path / "base"
     tiny.model().save_pretrained(base)

@@ -46,7 +46,7 @@ def register_residual(name: str, function: Callable | None = None, **properties:
         ValueError: the name is taken, a keyword-only parameter is not a knob of `QTargetConfig`, or a property is not
             one of the above.
 
-    Example:
+    Examples:
         >>> @register_residual("tempered")
         ... def tempered(tile, *, temperature: Positive = 2.0):
         ...     return torch.log_softmax(tile.log_probs / temperature, dim=-1)

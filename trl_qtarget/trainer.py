@@ -61,7 +61,7 @@ class QTargetSFTTrainer(SFTTrainer):
         ValueError: before any training step, if the target, the `SFTConfig`, the reference model or the dataset do not
             fit together.
 
-    Example:
+    Examples:
         >>> trainer = QTargetSFTTrainer(
         ...     model="Qwen/Qwen3-1.7B", args=SFTConfig(), train_dataset=dataset, qtarget_config="asft"
         ... )
@@ -80,7 +80,7 @@ class QTargetSFTTrainer(SFTTrainer):
         **sft_kwargs: Any,
     ):
         given = inspect.signature(SFTTrainer.__init__).bind(self, model, args, *sft_args, **sft_kwargs).arguments
-        self.qtarget_config = _resolve_config(qtarget_config, args, given.get("compute_loss_func"))
+        self.qtarget_config = resolve_config(qtarget_config, args, given.get("compute_loss_func"))
         check_reference(self.qtarget_config, model, ref_model)
         self._token_columns = _token_columns(self.qtarget_config, given)
         self._model_path = model if isinstance(model, str) else None
@@ -268,6 +268,8 @@ class QTargetSFTTrainer(SFTTrainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             self.qtarget_config.save_pretrained(output_dir or self.args.output_dir)
+        if not _internal_call and output_dir in (None, self.args.output_dir):
+            self.create_model_card()  # else only checkpoints and pushes would write one
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
@@ -301,7 +303,7 @@ class QTargetSFTTrainer(SFTTrainer):
             self._prior.load(checkpoint)
 
 
-def _resolve_config(config: Any, args: SFTConfig | None, compute_loss_func: Any) -> QTargetConfig:
+def resolve_config(config: Any, args: SFTConfig | None, compute_loss_func: Any = None) -> QTargetConfig:
     """The target that the two configurations name together; contradictions are refused."""
     loss_type = getattr(args, "loss_type", None)
     if config is None and loss_type == "dft":

@@ -40,7 +40,7 @@ def register_trust(name: str, function: Callable | None = None, **properties: An
         ValueError: the name is taken, a keyword-only parameter is not a knob of `QTargetConfig`, or a property is not
             one of the above.
 
-    Example:
+    Examples:
         >>> @register_trust("root")
         ... def root(tile):
         ...     return tile.label_probs.sqrt()

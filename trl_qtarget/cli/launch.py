@@ -7,8 +7,9 @@ from pathlib import Path
 
 from accelerate.commands.launch import launch_command, launch_command_parser
 
+from ..trainer import resolve_config
 from .options import check_known, suggestion
-from .sft import local_format, make_parser
+from .sft import local_format, make_parser, target_of
 
 
 SCRIPT = "trl_qtarget.cli.sft"
@@ -24,12 +25,13 @@ def main(arguments: Sequence[str]) -> int:
     arguments = _separated(arguments)
     parser = make_parser("trl-qtarget sft")
     # Made here only to be checked: a mistake should not cost the start of eight processes.
-    script, _, _, mixture, *_, of_config, of_command = parser.parse_args_and_config(
+    script, training, _, mixture, target, _, of_config, of_command = parser.parse_args_and_config(
         arguments, return_remaining_strings=True, separate_remaining_strings=True
     )
     launcher = launch_command_parser()
     options = [*launcher._option_string_actions, "--accelerate_config"]
     check_known([*of_config, *of_command], options, [*options, *parser._option_string_actions])
+    resolve_config(target_of(arguments, target), training)
     for name in [each.path for each in mixture.datasets] or [script.dataset_name or ""]:
         local_format(name)
     launch_arguments = with_accelerate_config([*of_config, *of_command])
@@ -66,12 +68,15 @@ def with_accelerate_config(arguments: Sequence[str]) -> list[str]:
         ValueError: there is no such file or configuration.
     """
     arguments = [part for item in arguments for part in _split(item)]
-    if "--accelerate_config" not in arguments:
+    name = None
+    while "--accelerate_config" in arguments:  # in a recipe and on the command line, which comes last and wins
+        index = arguments.index("--accelerate_config")
+        if index + 1 == len(arguments):
+            raise ValueError("`--accelerate_config` needs a value: a file, or the name of a configuration.")
+        name = arguments[index + 1]
+        del arguments[index : index + 2]
+    if name is None:
         return arguments
-    index = arguments.index("--accelerate_config")
-    if index + 1 == len(arguments):
-        raise ValueError("`--accelerate_config` needs a value: a file, or the name of a configuration.")
-    name = arguments[index + 1]
     path = Path(name)
     if not path.is_file():
         known = sorted(
@@ -81,7 +86,7 @@ def with_accelerate_config(arguments: Sequence[str]) -> list[str]:
             hint = suggestion(name, known) or f": choose one of {', '.join(known)}, or a file."
             raise ValueError(f"`--accelerate_config {name}` is neither a file nor a known configuration{hint}")
         path = importlib.resources.files(CONFIGS) / f"{name}.yaml"
-    return ["--config_file", str(path), *arguments[:index], *arguments[index + 2 :]]
+    return ["--config_file", str(path), *arguments]
 
 
 def _split(item: str) -> list[str]:

@@ -77,6 +77,8 @@ def make_parser(prog: str | None = None) -> TrlParser:
 
 def main(arguments: Sequence[str]) -> None:
     """Train, save and, if asked, push."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("trl_qtarget").setLevel(logging.INFO)  # it says which prior was chosen
     parsed = make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False)
     script, training, model, mixture, target, reference = parsed
     training.model_init_kwargs = {**_init_kwargs(model, training), **(training.model_init_kwargs or {})}
@@ -92,8 +94,7 @@ def main(arguments: Sequence[str]) -> None:
         ),
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
-        # Without a word about the target, the trainer may take one from TRL's own `loss_type`.
-        qtarget_config=target if target != QTargetConfig() or names_method(arguments) else None,
+        qtarget_config=target_of(arguments, target),
         ref_model=load_reference(reference, training),
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
@@ -113,6 +114,11 @@ def _init_kwargs(model: ModelConfig, training: SFTConfig) -> dict[str, Any]:
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
     }
+
+
+def target_of(arguments: Sequence[str], target: QTargetConfig) -> QTargetConfig | None:
+    """The target that was asked for; None without a word about it: then TRL's own `loss_type` may name one."""
+    return target if target != QTargetConfig() or names_method(arguments) else None
 
 
 def names_method(arguments: Sequence[str]) -> bool:
