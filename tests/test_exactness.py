@@ -218,7 +218,7 @@ def test_statistics_of_the_fused_loss(name):
             problem.hidden, problem.weight, labels, config, bias=problem.bias, **problem.linear_arguments()
         )
         assert torch.equal(output.scored, scored)
-        statistics = ("token_loss", "nll", "trust", "label_mass", "kl", "entropy", "is_top1")
+        statistics = ("token_loss", "nll", "trust", "label_mass", "kl", "entropy", "is_top1", "prior_is_top1")
         for statistic in statistics:
             value = getattr(output, statistic)
             assert value.shape == labels.shape and value.dtype == torch.float64 and not value.requires_grad
@@ -235,6 +235,13 @@ def test_statistics_of_the_fused_loss(name):
         }
         for statistic, expected in dense.items():
             assert relative_error(getattr(output, statistic), expected * scored) < TOLERANCE, statistic
+
+        prior_logits = problem.dense_arguments().get("prior_logits")
+        if config.objective(has_prior=prior_logits is not None).uses_prior:
+            agrees = (prior_logits.argmax(-1) == labels).double()
+            assert torch.equal(output.prior_is_top1[scored], agrees[scored])
+        else:
+            assert output.prior_is_top1[scored].isnan().all()
 
         # A divergence of nearly equal distributions is a small difference of large sums.
         proper = (q >= 0).all(-1) & scored & (name != "gem")

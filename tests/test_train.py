@@ -160,6 +160,11 @@ def test_train_logs_the_target(method):
         assert line[name] == pytest.approx(value.item(), rel=1e-5), name
     assert 0 < line["target/trust"] <= 1
     if method == "sft":
+        assert "target/prior_agreement" not in line
+    else:
+        agreement = (prior.argmax(-1) == labels)[scored].double().mean()
+        assert line["target/prior_agreement"] == pytest.approx(agreement.item(), rel=1e-6)
+    if method == "sft":
         assert line["target/nll"] == pytest.approx(line["loss"], rel=SAME)
         assert line["target/trust"] == line["target/label_mass"] == 1
 

@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from .gemm import Head
-from .linear import LinearQTargetOutput, fused_loss
+from .linear import LinearQTargetOutput, Observer, fused_loss
 from .methods import Objective
 
 
@@ -44,7 +44,8 @@ class TargetRequest:
     """What the loss needs beside the model's inputs.
 
     `token_weights` and `sequence_ids` are `[B, T]`, aligned with the labels before the shift. `prior` is called inside
-    the model's forward, before the policy's own pass.
+    the model's forward, before the policy's own pass. `observer` sees every token's target; positions count the
+    flattened `[B·T]` of the batch.
     """
 
     objective: Objective
@@ -52,6 +53,7 @@ class TargetRequest:
     token_weights: Tensor | None = None
     sequence_ids: Tensor | None = None
     chunk_tokens: int | None = None
+    observer: Observer | None = None
 
 
 @dataclass
@@ -162,6 +164,7 @@ def _target_loss(
             num_items_in_batch=num_items_in_batch,
             ignore_index=IGNORE_INDEX,
             chunk_tokens=request.chunk_tokens,
+            observer=request.observer,
         )
 
 

@@ -6,7 +6,8 @@ the hidden states and of the head. The backward pass only multiplies by the inco
 twice: 3 products of size N·V·H (2 with a frozen head), and one more with a prior.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,10 @@ _BLOCK_ELEMENTS = {"cpu": 1 << 20}
 _DEFAULT_BLOCK_ELEMENTS = 1 << 24
 
 
+# Called with the positions `[n]` of some scored tokens among all, and their target.
+Observer = Callable[[Tensor, TokenTarget], None]
+
+
 @dataclass
 class LinearQTargetOutput:
     """Result of [`linear_qtarget_loss`][trl_qtarget.linear_qtarget_loss].
@@ -47,6 +52,7 @@ class LinearQTargetOutput:
         kl: KL(Q‖p) in nats; NaN where Q has negative entries.
         entropy: entropy of the policy, in nats.
         is_top1: 1 where the label is the most probable token; among equals the first one is, as TRL counts.
+        prior_is_top1: the same of the prior; NaN without one.
         scored: whether the label is not ignored (bool).
     """
 
@@ -58,6 +64,7 @@ class LinearQTargetOutput:
     kl: Tensor
     entropy: Tensor
     is_top1: Tensor
+    prior_is_top1: Tensor
     scored: Tensor
 
 
@@ -67,7 +74,7 @@ def _kept_dtype(value: Tensor) -> torch.dtype:
     return torch.float32 if value.dtype == torch.float16 else value.dtype
 
 
-_STATISTICS = ("token_loss", "nll", "trust", "label_mass", "kl", "entropy", "is_top1")
+_STATISTICS = ("token_loss", "nll", "trust", "label_mass", "kl", "entropy", "is_top1", "prior_is_top1")
 
 
 class _PrecomputedGradient(torch.autograd.Function):
@@ -188,8 +195,13 @@ def fused_loss(
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
+    observer: Observer | None = None,
 ) -> LinearQTargetOutput:
-    """`linear_qtarget_loss` for arguments that are known to be good, as the trainer's are."""
+    """`linear_qtarget_loss` for arguments that are known to be good, as the trainer's are.
+
+    `observer` is shown the target of every block, with the positions `[n]` of its tokens, before the next one replaces
+    it: so what is looked at is what is trained toward.
+    """
     scored = labels != ignore_index
     index = scored.nonzero().squeeze(1)
 
@@ -206,6 +218,7 @@ def fused_loss(
         token_weights=rows(token_weights),
         sequence_ids=rows(sequence_ids),
         chunk_tokens=chunk_tokens,
+        observer=None if observer is None else lambda block, target: observer(index[block], target),
     )
     count = len(index) if num_items_in_batch is None else num_items_in_batch
     inverse_count = 1 / torch.as_tensor(count, dtype=batch.dtype, device=hidden.device).clamp(min=1).reshape(())
@@ -243,6 +256,7 @@ class _Batch:
     token_weights: Tensor | None
     sequence_ids: Tensor | None
     chunk_tokens: int | None
+    observer: Callable[[slice, TokenTarget], None] | None = None
 
     def __post_init__(self):
         # Autocast is read here, before it is switched off for the loop.
@@ -284,6 +298,8 @@ class _Batch:
                 tile = self._tile(block, z, None if prior_logits is None else prior_logits[local])
                 target = self.objective.target(tile, None if trust is None else trust[block])
                 self._record(statistics, block, target)
+                if self.observer is not None:
+                    self.observer(block, target)
                 if any_grad:
                     self._write_gradient(z, target, inverse_count, slope)
             if hidden_grad:
@@ -346,6 +362,7 @@ class _Batch:
         statistics["kl"][block] = target.kl
         statistics["entropy"][block] = target.tile.policy.entropy
         statistics["is_top1"][block] = target.tile.is_top1.to(self.dtype)
+        statistics["prior_is_top1"][block] = math.nan if self.prior_head is None else target.tile.prior_is_top1
 
     def _write_gradient(self, out: Tensor, target: TokenTarget, inverse_count: Tensor, slope: Tensor | float) -> None:
         """`out = s (p - γ δ - π̃⁺ + γ π̃⁻)/num_items · slope`, over the policy's log-probabilities.

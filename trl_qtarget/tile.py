@@ -205,6 +205,11 @@ class Tile:
         """`[n]`, whether the label is the most probable token; among equals the first one is, as TRL counts."""
         return self.log_probs.argmax(dim=-1) == self.labels
 
+    @property
+    def prior_is_top1(self) -> Tensor:
+        """`[n]`, whether the label is the prior's most probable token."""
+        return self.prior_logits.argmax(dim=-1) == self.labels
+
     def top_k_entropy(self, k: int) -> Tensor:
         """`[n]`, entropy of the `k` most probable tokens, renormalised among themselves, divided by `ln k`.
 

@@ -48,7 +48,8 @@ class QTargetSFTTrainer(SFTTrainer):
 
     Beside TRL's metrics it logs, as means over the labelled tokens: `target/nll`, the labels' plain negative
     log-likelihood, comparable between methods where the loss is not; `target/trust`, γ; `target/label_mass`, the
-    probability that the target puts on the label; `target/kl`, KL(Q‖p).
+    probability that the target puts on the label; `target/kl`, KL(Q‖p); with a prior, `target/prior_agreement`, the
+    share of labels that are its first choice.
 
     Args:
         model, args, ...: every argument of [`SFTTrainer`](https://huggingface.co/docs/trl/sft_trainer), in its order.
@@ -187,7 +188,7 @@ class QTargetSFTTrainer(SFTTrainer):
         if self.qtarget_config.uses_token_weights:
             check_batch(WEIGHTS_KEY, weights, inputs["labels"], self.qtarget_config.label)
         if self._objective.trust.per_sequence:
-            sequences = _sequences_of(inputs) if sequences is None else sequences
+            sequences = sequences_of(inputs) if sequences is None else sequences
             check_batch(SEQUENCES_KEY, sequences, inputs["labels"], self.qtarget_config.label)
         prior = None
         if self._prior is not None:
@@ -369,7 +370,7 @@ def _refuse_what_cannot_work(accelerator: Accelerator) -> None:
         )
 
 
-def _sequences_of(inputs: Mapping[str, Any]) -> Tensor:
+def sequences_of(inputs: Mapping[str, Any]) -> Tensor:
     """Which document each token of a batch belongs to, `[B, T]`: one per row, but for padding-free batches."""
     if "attention_mask" not in inputs and "position_ids" in inputs:
         # The collator flattens rows into one, and starts each document at position 0.

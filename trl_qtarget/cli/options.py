@@ -1,7 +1,12 @@
-"""Options that no parser knows: what was probably meant."""
+"""What the commands share: methods as a word, and what was probably meant by options that no parser knows."""
 
 import difflib
+import json
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..config import QTargetConfig
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -26,3 +31,28 @@ def check_known(remaining: Iterable[str], accepted: Iterable[str], known: Iterab
         name = item.partition("=")[0]
         if name.startswith("--") and name not in accepted and name.replace("-", "_") not in accepted:
             raise ValueError(f"`{name}` is no option{suggestion(name, known) or '; `--help` lists all of them.'}")
+
+
+def read_method(text: str) -> QTargetConfig:
+    """A method as the command line writes it: `asft`, `asft:lam=0.03,prior=base`, or the path of a configuration.
+
+    Raises:
+        ValueError: it is neither, or a knob is wrong.
+    """
+    name, _, knobs = text.partition(":")
+    if not knobs and ("/" in text or text.endswith(".json") or Path(text).is_dir()):
+        return QTargetConfig.from_pretrained(text)
+    fields: dict[str, Any] = {"method": name}
+    for knob in knobs.split(",") if knobs else []:
+        key, equals, value = knob.partition("=")
+        if not equals:
+            raise ValueError(f"`methods`: `{knob}` in `{text}` is not of the form knob=value.")
+        fields[key] = _value(value)
+    return QTargetConfig.coerce(fields)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

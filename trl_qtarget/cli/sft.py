@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
     logging.getLogger("trl_qtarget").setLevel(logging.INFO)  # it says which prior was chosen
     parsed = make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False)
     script, training, model, mixture, target, reference = parsed
-    training.model_init_kwargs = {**_init_kwargs(model, training), **(training.model_init_kwargs or {})}
+    training.model_init_kwargs = {**init_kwargs(model, training), **(training.model_init_kwargs or {})}
     dataset = load_data(script, mixture)
     trainer = QTargetSFTTrainer(
         model=model.model_name_or_path,
@@ -107,7 +107,8 @@ def main(arguments: Sequence[str]) -> None:
         trainer.end()
 
 
-def _init_kwargs(model: ModelConfig, training: SFTConfig) -> dict[str, Any]:
+def init_kwargs(model: ModelConfig, training: SFTConfig) -> dict[str, Any]:
+    """How the policy is loaded."""
     return {
         "revision": model.model_revision,
         "trust_remote_code": training.trust_remote_code,

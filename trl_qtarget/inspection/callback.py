@@ -1,0 +1,57 @@
+"""Watch the target move: a page of the same examples every so many steps of a training."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from ..trainer import QTargetSFTTrainer
+from .collect import inspect_rows
+from .render import write_page
+
+
+class InspectionCallback(TrainerCallback):
+    """Writes `step-000100.html` and so on, with the trainer's own target, model and prior.
+
+    Args:
+        trainer: the trainer, to which the callback is then added.
+        dataset: a few examples, in any format of TRL; they are prepared as the training data is, but not packed.
+        every: optimiser steps from one page to the next; the first is written before the first step.
+        directory: where the pages go; None is `inspections` in the trainer's output folder.
+
+    Raises:
+        ValueError: `every` is below 1, or there are no examples.
+
+    Examples:
+        >>> trainer.add_callback(InspectionCallback(trainer, dataset.select(range(5)), every=100))
+    """
+
+    def __init__(
+        self, trainer: QTargetSFTTrainer, dataset: Dataset, every: int, directory: "str | Path | None" = None
+    ):
+        if every < 1:
+            raise ValueError(f"`every={every}` must be at least 1 optimiser step.")
+        if len(dataset) == 0:
+            raise ValueError("`dataset` is empty: give it at least one example.")
+        self.trainer, self.every = trainer, every
+        self.directory = Path(directory or Path(trainer.args.output_dir) / "inspections")
+        self.rows = trainer._prepare_dataset(
+            dataset, trainer.processing_class, trainer.args, False, None, "inspection"
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0:
+            self._write(state.global_step)
+
+    def _write(self, step: int) -> None:
+        trainer = self.trainer
+        name = getattr(trainer.model.config, "_name_or_path", "")
+        facts = {"title": f"Step {step}", "model": name, "dataset": ""}
+        data = inspect_rows(trainer, self.rows, [trainer.qtarget_config], facts)
+        if trainer.is_world_process_zero():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_page(data, self.directory / f"step-{step:06d}.html")

@@ -1,0 +1,103 @@
+"""Figures for papers and documentation: methods as curves, and the curves of finished runs."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import QTargetConfig
+from ..files import replacing
+from .curves import method_curves
+
+
+# What is drawn of a run, with the words of its axis.
+RUN_METRICS = {
+    "target/nll": "NLL of the labels, nats",
+    "target/trust": "trust γ",
+    "target/label_mass": "target's mass on the label",
+    "target/kl": "KL(Q‖p), nats",
+    "target/prior_agreement": "labels that are the prior's favourite",
+}
+_STATE = "trainer_state.json"
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise ValueError("`trl-qtarget plot` needs matplotlib: pip install matplotlib.") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw_methods(configs: Sequence[QTargetConfig], path: Path, prior_label_prob: float = 0.5) -> None:
+    """Target and gradient of methods along the label's probability, into a .png, .svg or .pdf file."""
+    pyplot, curves = _pyplot(), method_curves(configs, prior_label_prob)
+    figure, (masses, gradients) = pyplot.subplots(1, 2, figsize=(10, 4))
+    colours = pyplot.get_cmap("tab10" if len(curves) <= 10 else "tab20")
+    for number, curve in enumerate(curves):
+        style = {"label": curve.name, "color": colours(number), "linestyle": ("-", "--", "-.")[number // 7 % 3]}
+        masses.plot(curve.label_probs, curve.label_mass, **style)
+        gradients.plot(curve.label_probs, curve.gradient, **style)
+    masses.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":", label="the policy itself")
+    gradients.axhline(0, color="grey", linewidth=0.8, linestyle=":")
+    masses.set_ylabel("target's mass on the label, Q(y)")
+    gradients.set_ylabel("gradient on the label's logit, s (p(y) − Q(y))")
+    for axes in (masses, gradients):
+        axes.set_xlabel("policy's probability of the label, p(y)")
+        axes.grid(alpha=0.3)
+    gradients.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, path)
+    pyplot.close(figure)
+
+
+def read_run(path: Path) -> list[dict[str, float]]:
+    """The log lines of a finished or interrupted run: a `trainer_state.json`, or the newest one in a folder.
+
+    Raises:
+        ValueError: there is none, or it has no metrics of a target.
+    """
+    file = path
+    if path.is_dir():
+        found = [path / _STATE, *path.glob(f"checkpoint-*/{_STATE}")]
+        found = [each for each in found if each.is_file()]
+        if not found:
+            raise ValueError(f"`{path}` has no {_STATE}, nor has a checkpoint in it: name the folder of a run.")
+        file = max(found, key=lambda each: json.loads(each.read_text(encoding="utf-8"))["global_step"])
+    elif not path.is_file():
+        raise ValueError(f"`{path}` does not exist: name the folder of a run, or its {_STATE}.")
+    lines = json.loads(file.read_text(encoding="utf-8"))["log_history"]
+    lines = [line for line in lines if "target/nll" in line]
+    if not lines:
+        raise ValueError(f"`{file}` has no `target/` metrics: was it trained with `QTargetSFTTrainer`?")
+    return lines
+
+
+def draw_runs(runs: dict[str, Path], path: Path) -> None:
+    """What was logged of the targets of some runs, overlaid, into a .png, .svg or .pdf file."""
+    histories = {name: read_run(run) for name, run in runs.items()}
+    pyplot = _pyplot()
+    figure, grid = pyplot.subplots(2, 3, figsize=(13, 6.5), sharex=True)
+    *panels, corner = grid.flat
+    for axes, (metric, words) in zip(panels, RUN_METRICS.items(), strict=True):
+        for name, lines in histories.items():
+            points = [(line["step"], line[metric]) for line in lines if metric in line]
+            axes.plot(*zip(*points, strict=True) if points else ([], []), label=name)
+        axes.set_ylabel(words)
+        axes.grid(alpha=0.3)
+        axes.set_xlabel("optimiser step")
+    corner.axis("off")
+    corner.legend(*panels[0].get_legend_handles_labels(), loc="upper left")
+    figure.tight_layout()
+    _save(figure, path)
+    pyplot.close(figure)
+
+
+def _save(figure: Any, path: Path) -> None:
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"`{path.name}` must end in .png, .svg or .pdf.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as whole:
+        figure.savefig(whole, format=path.suffix[1:], dpi=150, bbox_inches="tight")
