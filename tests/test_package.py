@@ -85,8 +85,10 @@ def wheel(tmp_path_factory) -> Path:
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "trl_qtarget").rglob("*.py")}
-    page = {f"trl_qtarget/inspection/page.{ending}" for ending in ("html", "css", "js")}
-    assert modules | page | {"trl_qtarget/py.typed"} == {name for name in names if ".dist-info/" not in name}
+    page = (ROOT / "trl_qtarget" / "inspection").glob("*.*")
+    files = {str(path.relative_to(ROOT)) for path in page if path.suffix in (".html", ".css", ".js")}
+    assert len(files) == 4
+    assert modules | files | {"trl_qtarget/py.typed"} == {name for name in names if ".dist-info/" not in name}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

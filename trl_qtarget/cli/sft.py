@@ -103,8 +103,8 @@ def main(arguments: Sequence[str]) -> None:
     if training.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
         trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}.")
-    if hasattr(trainer, "end"):  # transformers 5.18 and newer: finishes the trackers and the process group
-        trainer.end()
+    trainer.accelerator.wait_for_everyone()  # rank 0 is still writing; who left before would look like a failure
+    trainer.accelerator.end_training()
 
 
 def init_kwargs(model: ModelConfig, training: SFTConfig) -> dict[str, Any]:

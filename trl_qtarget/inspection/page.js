@@ -1,0 +1,398 @@
+// What the page does; parts.js stands before it in the same script.
+
+const LEVELS = 10;
+const ROWS = 200;
+
+let method = 0;
+let chosen = null; // {e, j}: the example, and the index into its scored tokens.
+const spans = []; // [e][j]: the element of a scored token.
+
+// One method may be compared with itself at other knobs: then these are part of its name.
+const names = data.methods.map(({ name, knobs }) => {
+  const single = data.methods.filter((other) => other.name === name).length === 1;
+  return single ? name : [name, ...Object.entries(knobs ?? {}).map((pair) => pair.join("="))].join(" ");
+});
+
+// The most probable token other than the label, for the prior where there is one; of equals, the last id.
+function favourite(example, j) {
+  const ids = example.alternatives[j];
+  const likely = (example.prior ?? example.p)[j];
+  let best = 1;
+  for (let k = 2; k < ids.length; k++) {
+    if (likely[k] > likely[best] || (likely[k] === likely[best] && ids[k] > ids[best])) best = k;
+  }
+  return ids[best];
+}
+const FAVOURITE = data.examples.some(({ prior }) => prior) ? "prior’s favourite" : "policy’s favourite";
+
+// --- Head, method switch and shading ---------------------------------------------------------------------------
+
+function described({ knobs, prior, arxiv }) {
+  const parts = Object.entries(knobs ?? {}).map(([name, value]) => `${name} = ${value}`);
+  if (prior) parts.push(`prior: ${prior}`);
+  if (arxiv) parts.push(`arXiv:${arxiv}`);
+  return parts.join(" · ");
+}
+
+function drawHead() {
+  document.title = data.title;
+  byId("title").append(make("bdi", {}, data.title));
+  const labels = data.examples.reduce((sum, example) => sum + example.scored.length, 0);
+  const pairs = [["model", data.model], ["reference model", data.reference], ["dataset", data.dataset],
+    ["examples", `${data.examples.length}`], ["labels", labels.toLocaleString("en")], ["date", data.date],
+    ["versions", Object.entries(data.versions).map((pair) => pair.join(" ")).join(", ")]];
+  byId("facts").append(...facts(pairs.filter(([, value]) => value)));
+  names.forEach((name, m) => {
+    const radio = make("input", { type: "radio", name: "method", value: m });
+    radio.checked = m === method;
+    byId("methods").append(make("label", {}, radio, name));
+  });
+}
+
+// Some trusts exceed one (importance weights, weights of the dataset): their shading ends at their largest.
+const tops = data.methods.map((_, m) =>
+  largest(data.examples.map((example) => largest(example.methods[m].trust, 1)), 1));
+
+function drawLegend() {
+  const ramp = Array.from({ length: LEVELS + 1 }, (_, level) => make("span", { class: `g${level}` }));
+  const top = format(tops[method]).replace(/\.?0+$/, "");
+  byId("legend").replaceChildren("trust γ", make("span", {}, "0"), make("span", { class: "ramp" }, ...ramp), top);
+  byId("legend").setAttribute("aria-label", `Shading: trust γ from 0 (orange, dark) to ${top} (blue, pale)`);
+}
+
+function shade() {
+  data.examples.forEach((example, e) => {
+    const { trust } = example.methods[method];
+    spans[e].forEach((span, j) => {
+      span.className = trust[j] === null ? "t" : `t g${Math.round((LEVELS * Math.max(0, trust[j])) / tops[method])}`;
+    });
+    byId(`facts-${e}`).textContent = `${example.tokens.length} tokens, ${example.scored.length} labels · ` +
+      `mean trust ${format(mean(trust))} · mean NLL ${format(mean(example.nll))}`;
+  });
+}
+
+function switchTo(m) {
+  method = m;
+  const chosenMethod = data.methods[m];
+  byId("formula").replaceChildren(make("code", {}, chosenMethod.formula), `  ${described(chosenMethod)}`);
+  byId("suspicious-method").textContent = names[m];
+  [...byId("figures").children].forEach((figure, i) => figure.classList.toggle("current", i === m));
+  drawLegend();
+  shade();
+  showSuspicious();
+  if (chosen) showPanel();
+}
+
+// --- Examples --------------------------------------------------------------------------------------------------
+
+function drawExample(example, e) {
+  const text = make("div", { class: "text", dir: "auto", role: "group", "aria-labelledby": `name-${e}` });
+  const labels = new Map(example.scored.map((position, j) => [position, j]));
+  let plain = null;
+  spans[e] = [];
+  example.tokens.forEach((id, position) => {
+    const j = labels.get(position);
+    if (j === undefined) {
+      if (!plain) text.append((plain = make("span", { class: "u" })));
+      plain.append(...glyphs(word(id), true));
+      return;
+    }
+    plain = null;
+    const span = make("span", { role: "button", tabindex: j ? -1 : 0 }, ...glyphs(word(id), true));
+    span.place = { e, j };
+    spans[e].push(span);
+    text.append(span);
+  });
+  const name = make("h3", { id: `name-${e}` }, "Example ", make("bdi", {}, example.name));
+  return make("article", {}, make("header", {}, name, make("span", { class: "hint", id: `facts-${e}` })), text);
+}
+
+const placeOf = (event) => (event.target.closest ? event.target.closest(".t")?.place : undefined);
+
+// One tab stop per example; the arrows move it.
+function focusOn({ e, j }) {
+  spans[e].forEach((span, i) => (span.tabIndex = i === j ? 0 : -1));
+  spans[e][j].focus({ preventScroll: true });
+  spans[e][j].scrollIntoView({ block: "nearest" });
+  if (chosen) choose({ e, j });
+}
+
+// The next or previous token, within the example and then into its neighbour.
+function beside({ e, j }, by) {
+  if (spans[e][j + by]) return { e, j: j + by };
+  for (let other = e + by; spans[other]; other += by) {
+    if (spans[other].length) return { e: other, j: by > 0 ? 0 : spans[other].length - 1 };
+  }
+  return { e, j };
+}
+
+// The token above or below: the one of the next other line that begins nearest.
+function across(place, by) {
+  const start = spans[place.e][place.j].getClientRects()[0];
+  let [best, line, distance] = [place, null, Infinity];
+  for (let at = beside(place, by), last = place; at.j !== last.j || at.e !== last.e; last = at, at = beside(at, by)) {
+    const box = spans[at.e][at.j].getClientRects()[0];
+    if (!box || Math.abs(box.top - start.top) < start.height / 2) continue;
+    line = line ?? box.top;
+    if (Math.abs(box.top - line) > start.height / 2) break;
+    if (Math.abs(box.left - start.left) < distance) [best, distance] = [at, Math.abs(box.left - start.left)];
+  }
+  return best;
+}
+
+function onKey(event) {
+  const place = placeOf(event);
+  if (!place || event.altKey || event.ctrlKey || event.metaKey) return;
+  const row = spans[place.e];
+  const onward = getComputedStyle(row[place.j].parentElement).direction === "rtl" ? -1 : 1;
+  const moves = {
+    ArrowRight: () => beside(place, onward), ArrowLeft: () => beside(place, -onward),
+    ArrowDown: () => across(place, 1), ArrowUp: () => across(place, -1),
+    Home: () => ({ e: place.e, j: 0 }), End: () => ({ e: place.e, j: row.length - 1 }),
+  };
+  if (moves[event.key]) focusOn(moves[event.key]());
+  else if (event.key === "Enter" || event.key === " ") choose(place);
+  else return;
+  event.preventDefault();
+}
+
+function choose(place) {
+  if (chosen) spans[chosen.e][chosen.j].removeAttribute("aria-current");
+  chosen = place;
+  document.body.classList.toggle("open", Boolean(place));
+  byId("panel-head").hidden = !place;
+  if (!place) return byId("panel-body").replaceChildren(make("p", { class: "hint" }, "No token chosen."));
+  spans[place.e][place.j].setAttribute("aria-current", "true");
+  showPanel();
+}
+
+function jump(place) {
+  choose(place);
+  focusOn(place);
+  spans[place.e][place.j].scrollIntoView({ block: "center" });
+}
+
+// --- The panel of a token --------------------------------------------------------------------------------------
+
+// Names of methods break where their words do.
+const breakable = (name) => name.split(/(?<=_)/).flatMap((part) => [part, make("wbr")]);
+
+const columns = (cell) =>
+  data.methods.map((_, m) => make("td", { class: m === method ? "current" : null }, ...cell(m)));
+const heading = (title, ...more) => make("tr", { class: "part" },
+  make("th", { colspan: data.methods.length + 1, scope: "colgroup" }, title, ...more));
+
+function showPanel() {
+  const { e, j } = chosen;
+  const example = data.examples[e];
+  const [ids, p, prior] = [example.alternatives[j], example.p[j], example.prior && example.prior[j]];
+  const of = example.methods;
+  byId("panel-title").replaceChildren(token(ids[0]), make("small", {}, "position ", `${example.scored[j]} in example `,
+    make("bdi", {}, example.name), ` · id ${ids[0]}`));
+
+  const numbers = [["NLL", format(example.nll[j])], ["entropy", format(example.entropy[j])], ["p(y)", format(p[0])]];
+  if (prior) numbers.push(["prior(y)", format(prior[0])]);
+  numbers.push([FAVOURITE, token(favourite(example, j))]);
+
+  const heads = names.map((name, m) =>
+    make("th", { scope: "col", class: m === method ? "current" : null }, ...breakable(name)));
+  const table = make("table", { class: "detail" }, make("thead", {}, make("tr", {}, make("td"), ...heads)));
+  const body = table.appendChild(make("tbody"));
+  const statistics = [["trust γ", "trust"], ["scale s", "scale"], ["Q(y)", "label_mass"], ["KL(Q‖p)", "kl"],
+    ["suspicion", "suspicion"]];
+  for (const [title, key] of statistics) {
+    const cells = columns((m) => [format(of[m][key][j])]);
+    body.append(make("tr", { "data-row": key }, make("th", { scope: "row" }, title), ...cells));
+  }
+
+  const kinds = [["delta", "label δ"], ["p", "policy p"], ...(prior ? [["prior", "prior"]] : []), ["q", "target Q"]];
+  const key = kinds.map(([kind, title]) => make("span", { class: kind }, title));
+  body.append(heading("Target", make("div", { class: "key" }, ...key)));
+  const masses = of.flatMap((each) => each.q[j]);
+  const [low, high] = [Math.min(0, ...masses), Math.max(1, ...masses)];
+  ids.forEach((id, k) => {
+    const others = [`p ${format(p[k])}`, ...(prior ? [`prior ${format(prior[k])}`] : [])];
+    const cells = columns((m) => {
+      const q = of[m].q[j][k];
+      const series = [...(k ? [] : [["delta", 1]]), ["p", p[k]], ...(prior ? [["prior", prior[k]]] : []), ["q", q]];
+      return [bars(series, low, high, `${spoken(id)}: Q ${[format(q), ...others].join(", ")}`), format(q)];
+    });
+    const head = make("th", { scope: "row" }, token(id), ...others.map((text) => make("small", {}, text)));
+    body.append(make("tr", { class: "alternative", "data-row": `q${k}` }, head, ...cells));
+  });
+
+  // A step of size ε on the logits, z ← z − ε s (p − Q), carried through the softmax to first order.
+  const step = (m, k) => p[k] * (of[m].scale[j] * (of[m].q[j][k] - p[k]) - of[m].drift[j]);
+  const reach = largest(of.flatMap((_, m) => ids.map((_, k) => Math.abs(step(m, k)))), 1e-12);
+  body.append(heading("What one step does", make("small", {}, "change of p per unit of learning rate on the logits")));
+  ids.forEach((id, k) => {
+    const cells = columns((m) => {
+      const change = step(m, k);
+      const way = change > 0 ? "up" : "down";
+      const svg = bars([[way, change]], -reach, reach, `${spoken(id)}: ${signed(change)}`);
+      const arrow = { up: "▲ ", down: "▼ " }[way];
+      return [svg, change ? make("span", { class: `${way}-text` }, arrow, signed(change)) : "0"];
+    });
+    const head = make("th", { scope: "row" }, token(id));
+    body.append(make("tr", { class: "alternative", "data-row": `step${k}` }, head, ...cells));
+  });
+  const list = numbers.map(([term, value]) => make("div", {}, make("dt", {}, term), make("dd", {}, value)));
+  const scroll = make("div", { class: "scroll" }, table);
+  byId("panel-body").replaceChildren(make("dl", { class: "numbers" }, ...list), scroll);
+}
+
+// --- Summary figures -------------------------------------------------------------------------------------------
+
+function drawSummary() {
+  const topTrust = largest(data.summary.flatMap((each) => each.trust_by_p.mean), 1);
+  data.summary.forEach((each, m) => {
+    const { formula } = data.methods[m];
+    const name = names[m];
+    const means = [["mean trust γ", "trust"], ["mean Q(y)", "label_mass"], ["mean KL(Q‖p)", "kl"],
+      ["mean NLL", "nll"]];
+    const pair = make("div", { class: "pair" },
+      make("div", {}, make("h4", {}, "Trust by probability"), trustChart(each.trust_by_p, topTrust, name)),
+      make("div", {}, make("h4", {}, "Mass leaving the label"), massChart(each.mass_leaving, name)));
+    byId("figures").append(make("figure", {},
+      make("figcaption", {}, make("b", {}, name), make("code", {}, formula),
+        make("div", {}, described(data.methods[m]))),
+      make("dl", {}, ...facts(means.map(([term, key]) => [term, format(each.mean[key])]))), pair));
+  });
+}
+
+// --- Suspicious labels -----------------------------------------------------------------------------------------
+
+const words = (node) => make("button", { type: "button" }, node);
+const TOKEN_COLUMNS = [
+  { key: "label", title: "label", words: true, cell: (row) => words(token(row.id)) },
+  { key: "e", title: "example", cell: (row) => make("bdi", {}, data.examples[row.e].name) },
+  { key: "suspicion", title: "suspicion" },
+  { key: "trust", title: "trust γ" },
+  { key: "nll", title: "NLL" },
+  { key: "entropy", title: "entropy" },
+  { key: "p", title: "p(y)" },
+  { key: "favourite", title: FAVOURITE, words: true, cell: (row) => token(row.favouriteId) },
+];
+const EXAMPLE_COLUMNS = [
+  { key: "e", title: "example", words: true, cell: (row) => words(make("bdi", {}, data.examples[row.e].name)) },
+  { key: "suspicion", title: "suspicion" },
+  { key: "trust", title: "mean γ" },
+  { key: "nll", title: "mean NLL" },
+];
+
+// What is missing stays last in both directions.
+function compare(a, b, way) {
+  if (a === null || b === null) return (a === null) - (b === null);
+  return a === b ? 0 : a < b ? -way : way;
+}
+
+function rowsTable(table, kinds) {
+  const state = { rows: [], key: "suspicion", descending: true, shown: ROWS };
+  const more = make("button", { type: "button", class: "more" }, "");
+  const heads = kinds.map(({ key, title, words: left }) =>
+    make("th", { scope: "col", class: left ? "words" : null },
+      make("button", { type: "button", "data-key": key }, title)));
+  const body = make("tbody");
+  table.classList.add("rows");
+  table.append(make("thead", {}, make("tr", {}, ...heads)), body);
+  table.parentElement.after(more);
+
+  function show() {
+    state.rows.sort((a, b) => compare(a[state.key], b[state.key], state.descending ? -1 : 1));
+    heads.forEach((head, i) => {
+      const sorted = kinds[i].key === state.key ? (state.descending ? "descending" : "ascending") : null;
+      if (sorted) head.setAttribute("aria-sort", sorted);
+      else head.removeAttribute("aria-sort");
+    });
+    body.replaceChildren(...state.rows.slice(0, state.shown).map((row) => {
+      const line = make("tr", {}, ...kinds.map(({ key, words: left, cell }) =>
+        make("td", { class: left ? "words" : null }, cell ? cell(row) : format(row[key]))));
+      line.place = { e: row.e, j: row.j };
+      return line;
+    }));
+    const left = state.rows.length - state.shown;
+    more.hidden = left <= 0;
+    more.textContent = `${Math.min(left, ROWS)} more of ${left}`;
+  }
+  table.addEventListener("click", (event) => {
+    const key = event.target.closest("th button")?.dataset.key;
+    const place = event.target.closest("tr")?.place;
+    if (place) jump(place);
+    if (!key) return;
+    state.descending = key === state.key ? !state.descending : !["label", "e", "favourite"].includes(key);
+    state.key = key;
+    show();
+  });
+  more.addEventListener("click", () => {
+    state.shown += ROWS;
+    show();
+  });
+  return { state, set: (rows) => { Object.assign(state, { rows, shown: ROWS }); show(); } };
+}
+
+const tokenTable = rowsTable(byId("suspicious-tokens"), TOKEN_COLUMNS);
+const exampleTable = rowsTable(byId("suspicious-examples"), EXAMPLE_COLUMNS);
+
+function showSuspicious() {
+  const [tokens, wholes] = [[], []];
+  data.examples.forEach((example, e) => {
+    const { suspicion, trust } = example.methods[method];
+    example.scored.forEach((_, j) => {
+      const [id, favouriteId] = [example.alternatives[j][0], favourite(example, j)];
+      tokens.push({ e, j, id, favouriteId, label: word(id), favourite: word(favouriteId), suspicion: suspicion[j],
+        trust: trust[j], nll: example.nll[j], entropy: example.entropy[j], p: example.p[j][0] });
+    });
+    const order = suspicion.map((x, j) => [x, j]).sort((a, b) => b[0] - a[0]).slice(0, 3);
+    if (order.length) {
+      const suspected = mean(order.map(([x]) => x));
+      wholes.push({ e, j: order[0][1], suspicion: suspected, trust: mean(trust), nll: mean(example.nll) });
+    }
+  });
+  tokenTable.set(tokens);
+  exampleTable.set(wholes);
+}
+
+function exportRows() {
+  const { name } = data.methods[method];
+  const lines = tokenTable.state.rows.map(({ e, j, label, suspicion, trust, nll, favourite: other }) => {
+    const { name: example, scored } = data.examples[e];
+    const place = { example, position: scored[j], token: label, method: name };
+    return JSON.stringify({ ...place, suspicion, trust, nll, prior_favourite: other }) + "\n";
+  });
+  const address = URL.createObjectURL(new Blob(lines, { type: "application/jsonl" }));
+  make("a", { href: address, download: `suspicious-labels-${name.replace(/[^\w-]+/g, "_")}.jsonl` }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 10000);
+}
+
+// --- Everything together ---------------------------------------------------------------------------------------
+
+drawHead();
+drawSummary();
+byId("texts").append(...data.examples.map(drawExample));
+switchTo(0);
+
+byId("methods").addEventListener("change", (event) => switchTo(Number(event.target.value)));
+byId("texts").addEventListener("click", (event) => {
+  const place = placeOf(event);
+  if (!place) return;
+  choose(place);
+  focusOn(place);
+});
+byId("texts").addEventListener("keydown", onKey);
+byId("texts").addEventListener("focusin", (event) => {
+  const place = placeOf(event);
+  if (!place) return;
+  const example = data.examples[place.e];
+  event.target.setAttribute("aria-label",
+    `${spoken(example.alternatives[place.j][0])}, trust ${format(example.methods[method].trust[place.j])}`);
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" || !chosen) return;
+  const { e, j } = chosen;
+  choose(null);
+  spans[e][j].focus({ preventScroll: true });
+});
+byId("close").addEventListener("click", () => choose(null));
+byId("previous").addEventListener("click", () => choose(beside(chosen, -1)));
+byId("next").addEventListener("click", () => choose(beside(chosen, 1)));
+byId("export").addEventListener("click", exportRows);
