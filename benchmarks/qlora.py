@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, PrinterCallback
 
-from trl_qtarget import head, linear
+from trl_qtarget import head
+from trl_qtarget.kernels import plain
 
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -84,12 +85,12 @@ def stored_bytes(parameters: Iterator[nn.Parameter]) -> int:
 @contextmanager
 def blocks_of_cuda() -> Iterator[None]:
     """Let the loss work on blocks as large as it does on CUDA."""
-    kept = dict(linear._BLOCK_ELEMENTS)
-    linear._BLOCK_ELEMENTS.clear()
+    kept = dict(plain.BLOCK_ELEMENTS)
+    plain.BLOCK_ELEMENTS.clear()
     try:
         yield
     finally:
-        linear._BLOCK_ELEMENTS.update(kept)
+        plain.BLOCK_ELEMENTS.update(kept)
 
 
 def measure(model: str, tokens: int, method: str = "target_sft", rank: int = 16) -> dict[str, tuple[int, int]]:

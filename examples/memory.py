@@ -19,7 +19,8 @@ from trl_qtarget import METHODS, QTargetConfig
 
 HALF = 2  # bytes of a bfloat16
 FLOAT = 4
-CHUNK_ELEMENTS = 1 << 26  # logits that the loss holds at a time, unless `chunk_tokens` says otherwise
+# Logits that the loss holds at a time on a GPU with 8 GiB free or more, unless `chunk_tokens` says otherwise.
+CHUNK_BYTES = 1 << 29
 BLOCK_ELEMENTS = 1 << 24  # of these, what it works on at a time on a GPU
 NF4_BLOCK, SCALE_BLOCK = 64, 256  # weights per scale, and scales per scale of scales
 STATE_BLOCK, SMALLEST_STATE = 256, 4096  # 8-bit AdamW: elements per scale; smaller parameters keep float32 states
@@ -121,10 +122,11 @@ def layer_bytes(shapes: Shapes, tokens: int, rank: int) -> int:
 
 def loss_bytes(shapes: Shapes, tokens: int, method: str, has_prior: bool, chunk_tokens: int | None) -> dict[str, int]:
     """The loss at its peak: logits of a chunk, what is made of a block, and what has the size of the hidden states."""
-    most = min(chunk_tokens or CHUNK_ELEMENTS // shapes.vocabulary, tokens)
+    chunks = 2 if has_prior else 1
+    most = min(chunk_tokens or CHUNK_BYTES // (chunks * FLOAT * shapes.vocabulary), tokens)
     chunk = -(-tokens // -(-tokens // most))
     block = min(BLOCK_ELEMENTS // shapes.vocabulary, chunk)
-    hidden, chunks = tokens * shapes.hidden, 2 if has_prior else 1
+    hidden = tokens * shapes.hidden
     return {
         f"logits of one chunk ({chunk} tokens)": chunks * chunk * shapes.vocabulary * FLOAT,
         f"what is made of a block ({block} tokens)": (LOSS_BUFFERS[method] - chunks)

@@ -1,10 +1,17 @@
 """Quiet runs of one thread: no progress bars, and of the libraries' logs only what a test asks for."""
 
 import logging
+import os
+
+import torch
+
+
+# Read when Triton is first imported, which other libraries do: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import datasets
 import pytest
-import torch
 import transformers
 from nodes import two_nodes
 

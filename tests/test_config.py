@@ -212,11 +212,11 @@ def test_syncs_are_of_a_lagged_prior():
 
 
 def test_kernel_chunk_tokens_and_token_weight_column():
-    refused("`kernel='cuda'` is unknown: choose one of auto, torch", kernel="cuda")
+    refused("`kernel='cuda'` is unknown: choose one of auto, torch, triton", kernel="cuda")
     for kernel in KERNELS:
         assert QTargetConfig(kernel=kernel).kernel == kernel
     help_of = {field.name: field.metadata.get("help", "") for field in dataclasses.fields(QTargetConfig)}
-    assert "both values mean the same" in help_of["kernel"]
+    assert "Triton on a GPU" in help_of["kernel"]
     for value in (0, -5, 1.0, "8", True):
         refused(f"`chunk_tokens={value!r}` is out of range: it must be an integer >= 1.", chunk_tokens=value)
     refused("`token_weight_column` is not used by `method='sft'`: remove it", method="sft", token_weight_column="w")

@@ -34,13 +34,13 @@ def on_device(values):
 @pytest.fixture
 def mixed_products(monkeypatch):
     """Counts the products that took the mixed path."""
-    answers, asked = [], gemm._has_mixed_gemm
+    answers, asked = [], gemm.has_mixed_gemm
 
     def recorded(operands, out):
         answers.append(asked(operands, out))
         return answers[-1]
 
-    monkeypatch.setattr(gemm, "_has_mixed_gemm", recorded)
+    monkeypatch.setattr(gemm, "has_mixed_gemm", recorded)
     return answers
 
 

@@ -144,11 +144,12 @@ def test_token_weights_come_from_their_column():
 
 
 def test_small_chunks_change_nothing(monkeypatch):
-    from trl_qtarget import linear
+    from trl_qtarget import chunks
+    from trl_qtarget.kernels import plain
 
     whole = _inspect(["iw_sft", "target_sft"], ref_model=warm_model(steps=30))
-    monkeypatch.setattr(linear, "_CHUNK_ELEMENTS", 3 * 320)
-    monkeypatch.setitem(linear._BLOCK_ELEMENTS, "cpu", 320)
+    monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", 3 * 320)
+    monkeypatch.setitem(plain.BLOCK_ELEMENTS, "cpu", 320)
     blocks = _inspect(["iw_sft", "target_sft"], ref_model=warm_model(steps=30))
     for one, other in zip(whole["examples"], blocks["examples"], strict=True):
         assert one["scored"] == other["scored"] and one["alternatives"] == other["alternatives"]

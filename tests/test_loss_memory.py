@@ -7,7 +7,8 @@ import torch
 from formulas import make_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_qtarget import METHODS, QTargetConfig, linear, linear_qtarget_loss, tile
+from trl_qtarget import METHODS, QTargetConfig, chunks, linear_qtarget_loss, tile
+from trl_qtarget.kernels import plain
 
 
 # All is 2**10 times smaller than by default; what is per token or per vocabulary entry stays small beside it.
@@ -47,12 +48,15 @@ class PeakMemory(TorchDispatchMode):
 @pytest.fixture
 def chunk_bytes(monkeypatch):
     """Sizes as on an accelerator, but smaller; returns the bytes of a chunk of float32 logits."""
-    for name in ("_CHUNK_ELEMENTS", "_DEFAULT_BLOCK_ELEMENTS"):
-        monkeypatch.setattr(linear, name, getattr(linear, name) >> SHRINK)
-    monkeypatch.setattr(tile, "_SEARCH_ELEMENTS", tile._SEARCH_ELEMENTS >> SHRINK)
-    monkeypatch.setattr(linear, "_BLOCK_ELEMENTS", {})
-    assert TOKENS * VOCABULARY > 4 * linear._CHUNK_ELEMENTS
-    return 4 * linear._CHUNK_ELEMENTS
+    for module, name in (
+        (chunks, "_CHUNK_ELEMENTS"),
+        (plain, "DEFAULT_BLOCK_ELEMENTS"),
+        (tile, "_SEARCH_ELEMENTS"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name) >> SHRINK)
+    monkeypatch.setattr(plain, "BLOCK_ELEMENTS", {})
+    assert TOKENS * VOCABULARY > 4 * chunks._CHUNK_ELEMENTS
+    return 4 * chunks._CHUNK_ELEMENTS
 
 
 @pytest.mark.parametrize("name", [*METHODS, "neighbors"])
@@ -66,5 +70,5 @@ def test_memory_of_the_loss(name, chunk_bytes):
     with PeakMemory() as memory:
         linear_qtarget_loss(hidden, weight, problem.labels, config, **arguments)
     # A chunk of the policy's logits, one of the prior's, and about one more in blocks; see `docs/design.md`.
-    chunks = 1 + config.objective(has_prior=True).uses_prior
-    assert chunks < memory.peak / chunk_bytes < chunks + 1.2
+    expected = 1 + config.objective(has_prior=True).uses_prior
+    assert expected < memory.peak / chunk_bytes < expected + 1.2

@@ -5,7 +5,8 @@ import torch
 from formulas import make_problem, relative_error
 from rounding import HALF
 
-from trl_qtarget import QTargetConfig, build_target, gemm, linear, linear_qtarget_loss, tile
+from trl_qtarget import QTargetConfig, build_target, gemm, linear_qtarget_loss, tile
+from trl_qtarget.kernels import plain
 
 
 def neighbors(**knobs) -> QTargetConfig:
@@ -33,7 +34,7 @@ def searched(monkeypatch):
 
 def test_the_vocabulary_is_searched_once_per_label_of_a_call(searched, monkeypatch):
     problem = make_problem(61, 37, 6, 30)
-    monkeypatch.setitem(linear._BLOCK_ELEMENTS, "cpu", 3 * 37)  # three tokens at a time
+    monkeypatch.setitem(plain.BLOCK_ELEMENTS, "cpu", 3 * 37)  # three tokens at a time
     config = neighbors(top_k=5)
     config.chunk_tokens = 10
     expected = linear_qtarget_loss(problem.hidden, problem.weight, problem.labels, config)

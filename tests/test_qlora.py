@@ -22,7 +22,8 @@ from training import check_equals_dense, trainable, worst
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.qlora import TensorMemory, blocks_of_cuda, measure, stored_bytes
-from trl_qtarget import METHODS, QTargetConfig, linear, linear_qtarget_loss
+from trl_qtarget import METHODS, QTargetConfig, chunks, linear_qtarget_loss
+from trl_qtarget.kernels import plain
 from trl_qtarget.priors import AdapterOffPrior
 
 
@@ -180,15 +181,15 @@ def test_buffers_of_the_loss(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_made_of_logits_is_made_block_by_block(method, monkeypatch):
     N, V, block = 128, 4096, 16
-    monkeypatch.setattr(linear, "_DEFAULT_BLOCK_ELEMENTS", block * V)
-    peak, chunks = peak_of_the_loss(method, N, V)
-    made = memory.LOSS_BUFFERS[method] - chunks
-    assert peak / (V * 4) == pytest.approx(chunks * N + made * block, rel=0.03)
+    monkeypatch.setattr(plain, "DEFAULT_BLOCK_ELEMENTS", block * V)
+    peak, whole = peak_of_the_loss(method, N, V)
+    made = memory.LOSS_BUFFERS[method] - whole
+    assert peak / (V * 4) == pytest.approx(whole * N + made * block, rel=0.03)
 
 
 def test_account_knows_the_sizes_of_the_loss():
-    sizes = (linear._CHUNK_ELEMENTS, linear._DEFAULT_BLOCK_ELEMENTS)
-    assert (memory.CHUNK_ELEMENTS, memory.BLOCK_ELEMENTS) == sizes
+    sizes = (chunks.MOST_CUDA_BYTES, plain.DEFAULT_BLOCK_ELEMENTS)
+    assert (memory.CHUNK_BYTES, memory.BLOCK_ELEMENTS) == sizes
     config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, vocab_size=128256)
     chunk, block, *_ = memory.account(config, tokens=8192).loss.values()
     assert (chunk, block) == (2 * 512 * 128256 * 4, 4 * 130 * 128256 * 4)

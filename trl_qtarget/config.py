@@ -13,7 +13,7 @@ from .registry import KNOBS, Range
 
 CONFIG_NAME = "qtarget_config.json"
 PRIORS = ("auto", "policy", "base", "model", "lagged")
-KERNELS = ("auto", "torch")
+KERNELS = ("auto", "torch", "triton")
 
 
 def _knob(text: str) -> Any:
@@ -38,8 +38,9 @@ class QTargetConfig:
         token_weight_column (`str`): dataset column with one weight per token, for the trust `token_weights` (default
             `"token_weights"`).
         chunk_tokens (`int`): tokens scored at once by the fused loss; None chooses by vocabulary size.
-        kernel (`"auto"` or `"torch"`, defaults to `"auto"`): implementation of the fused loss. At present there is
-            one, in PyTorch, so both values mean the same.
+        kernel (`"auto"`, `"torch"` or `"triton"`, defaults to `"auto"`): what works on the logits between the matrix
+            products. `"auto"` is Triton on a GPU, after a check that it agrees with `"torch"` there, and `"torch"`
+            elsewhere. All give the same numbers, up to rounding.
 
     Raises:
         ValueError: an unknown name, a knob that is unused or out of range, or options that contradict each other.
@@ -85,7 +86,7 @@ class QTargetConfig:
     kernel: str = field(
         default="auto",
         metadata={
-            "help": "Implementation of the fused loss. At present both values mean the same, PyTorch.",
+            "help": "What works on the logits. 'auto': Triton on a GPU where it agrees with 'torch', else 'torch'.",
             "choices": list(KERNELS),
         },
     )

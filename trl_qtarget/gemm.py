@@ -61,7 +61,8 @@ def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return common
 
 
-def _has_mixed_gemm(operands: torch.dtype, out: Tensor) -> bool:
+def has_mixed_gemm(operands: torch.dtype, out: Tensor) -> bool:
+    """Whether there are products of such operands into `out` that sum and give float32."""
     # fp16 is left out: a gradient of s (p - Q)/N underflows in fp16, and its loss scale is not known in the forward.
     # Results are float64 where a bf16 prior meets a float64 policy; no such product exists.
     return out.device.type == "cuda" and operands == torch.bfloat16 and out.dtype == torch.float32
@@ -88,7 +89,7 @@ def project(out: Tensor, hidden: Tensor, weight: Tensor, operands: torch.dtype) 
     """`out[n, V] = hidden[n, H] @ weight[V, H].T`."""
     if operands == out.dtype:
         torch.mm(hidden.to(operands), weight.to(operands).t(), out=out)
-    elif _has_mixed_gemm(operands, out):
+    elif has_mixed_gemm(operands, out):
         torch.mm(hidden.to(operands), weight.to(operands).t(), out_dtype=out.dtype, out=out)
     else:
         hidden = hidden.to(operands).to(out.dtype)
@@ -100,7 +101,7 @@ def backproject(out: Tensor, grad_logits: Tensor, weight: Tensor, operands: torc
     """`out[n, H] = grad_logits[n, V] @ weight[V, H]`."""
     if operands == out.dtype:
         torch.mm(grad_logits, weight.to(operands), out=out)
-    elif _has_mixed_gemm(operands, out):
+    elif has_mixed_gemm(operands, out):
         torch.mm(grad_logits.to(operands), weight.to(operands), out_dtype=out.dtype, out=out)
     else:
         out.zero_()
@@ -110,7 +111,7 @@ def backproject(out: Tensor, grad_logits: Tensor, weight: Tensor, operands: torc
 
 def accumulate_weight(out: Tensor, grad_logits: Tensor, hidden: Tensor, operands: torch.dtype) -> None:
     """`out[V, H] += grad_logits[n, V].T @ hidden[n, H]`."""
-    if operands != out.dtype and _has_mixed_gemm(operands, out):
+    if operands != out.dtype and has_mixed_gemm(operands, out):
         torch.addmm(out, grad_logits.to(operands).t(), hidden.to(operands), out_dtype=out.dtype, out=out)
     else:
         out.addmm_(grad_logits.t(), hidden.to(operands).to(out.dtype))

@@ -53,6 +53,7 @@ class TargetRequest:
     token_weights: Tensor | None = None
     sequence_ids: Tensor | None = None
     chunk_tokens: int | None = None
+    kernel: str = "auto"
     observer: Observer | None = None
 
 
@@ -164,6 +165,7 @@ def _target_loss(
             num_items_in_batch=num_items_in_batch,
             ignore_index=IGNORE_INDEX,
             chunk_tokens=request.chunk_tokens,
+            kernel=request.kernel,
             observer=request.observer,
         )
 

@@ -64,6 +64,22 @@ class TokenTarget:
         cross_entropy = self.trust * self.nll + rest * residual.cross_entropy
         return torch.where((rest >= 0) & (rest <= 1), negative_entropy + cross_entropy, math.nan)
 
+    def gradient(self) -> tuple[list[tuple[Measure, Tensor]], Tensor]:
+        """`s (p - Q)` as coefficients `[n]` of measures, each measure once, and the coefficient `[n]` of the label.
+
+        Measures that are the same are added up: a policy residual leaves `s γ (p - δ)`, one pass over the vocabulary.
+        """
+        coefficients: dict[int, tuple[Measure, int, int]] = {}  # constant + factor · γ
+        for measure, constant, factor in ((self.tile.policy, 1, 0), (self.positive, -1, 0), (self.negative, 0, 1)):
+            _, old_constant, old_factor = coefficients.get(id(measure), (measure, 0, 0))
+            coefficients[id(measure)] = (measure, old_constant + constant, old_factor + factor)
+        terms = [
+            (measure, self.scale * (constant + factor * self.trust))
+            for measure, constant, factor in coefficients.values()
+            if constant or factor
+        ]
+        return terms, -self.scale * self.trust
+
 
 # --- scale: s, one number per token ---
 
@@ -302,18 +318,19 @@ class Objective:
 
     def target(self, tile: Tile, trust: Tensor | None = None) -> TokenTarget:
         """The target for a tile; `trust[n]` is given for a per-sequence trust, which was computed beforehand."""
-        if self.prior_is_policy and tile.prior_logits is None:
-            tile.prior_logits = tile.log_probs
-        measures = self.residual(tile, self.knobs)
-        if isinstance(measures, Tensor):
-            measures = (measures, measures)
-        positive = tile.policy if measures[0] is tile.log_probs else tile.measure(measures[0])
-        negative = positive if measures[1] is measures[0] else tile.measure(measures[1])
+        found = self.residual(tile, self.knobs)
+        first, second = found if isinstance(found, tuple) else (found, found)
+        positive = self._measure(tile, first)
+        negative = positive if second is first else self._measure(tile, second)
         if trust is None:
             trust = self.token_trust(tile)
-        for measure in measures:
-            _check_shape("residual", self.residual, measure, tile.log_probs)
         return TokenTarget(tile, trust, self.scale(tile), positive, negative)
+
+    def _measure(self, tile: Tile, residual: Measure | Tensor) -> Measure:
+        if isinstance(residual, Measure):
+            return residual
+        _check_shape("residual", self.residual, residual, tile.log_probs)
+        return tile.policy if residual is tile.log_probs else tile.measure(residual)
 
 
 def knobs_of(method: Method | None, trust: Design, residual: Design) -> dict[str, Knob]:

@@ -8,7 +8,6 @@ therefore return two measures, `(positive, negative)`, and then `Q = γ δ(y) + 
 other residual. (The unifying table of arXiv 2606.11189 uses the same π̃⁺ and π̃⁻.)
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .registry import Count, Positive, Shelf, Unit
-from .tile import Tile, floor_of, tempered
+from .tile import Measure, Tile, floor_of, tempered
 
 
 RESIDUALS = Shelf("residual", ("uses_prior", "uses_embeddings", "uses_token_weights", "is_policy"))
@@ -28,7 +27,8 @@ def register_residual(name: str, function: Callable | None = None, **properties:
     Args:
         name: the name to use in configurations.
         function: `function(tile, *, knob=default, ...) -> log π̃ [n, V]`, log-probabilities that sum to one in every
-            row; for a zero use `trl_qtarget.tile.floor_of(dtype)`, not `-inf`. `tile` is a
+            row; for a zero use `trl_qtarget.tile.floor_of(dtype)`, not `-inf`. Or `tile.mixture(policy=a, prior=b)`,
+            the distribution ∝ p^a · π_prior^b, which costs the least on a GPU. `tile` is a
             [`Tile`][trl_qtarget.tile.Tile] of `n` scored tokens: `log_probs[n, V]`, `labels[n]`, `prior_logits[n, V]`
             if `uses_prior`, `embeddings[V, H]` and `nearest(k)` if `uses_embeddings`, `token_weights[n]` if
             `uses_token_weights`; do not write into them. Knobs as in [`register_trust`][trl_qtarget.register_trust].
@@ -49,21 +49,21 @@ def register_residual(name: str, function: Callable | None = None, **properties:
     Examples:
         >>> @register_residual("tempered")
         ... def tempered(tile, *, temperature: Positive = 2.0):
-        ...     return torch.log_softmax(tile.log_probs / temperature, dim=-1)
+        ...     return tile.mixture(policy=1 / temperature)
     """
     return RESIDUALS.register(name, function, **properties)
 
 
 @register_residual("policy", is_policy=lambda knobs, prior_is_policy: True)
-def policy(tile: Tile) -> Tensor:
+def policy(tile: Tile) -> Measure:
     """π̃ = p, the policy itself: the target becomes a pure re-weighting of the NLL."""
-    return tile.log_probs
+    return tile.policy
 
 
 @register_residual("uniform")
-def uniform(tile: Tile) -> Tensor:
+def uniform(tile: Tile) -> Measure:
     """π̃ = 1/V over the whole vocabulary, the label included."""
-    return torch.full_like(tile.log_probs, -math.log(tile.log_probs.size(-1)))
+    return tile.mixture()
 
 
 @register_residual(
@@ -71,26 +71,23 @@ def uniform(tile: Tile) -> Tensor:
     uses_prior=True,
     is_policy=lambda knobs, prior_is_policy: prior_is_policy and knobs.get("temperature", 1.0) == 1.0,
 )
-def prior(tile: Tile, *, temperature: Positive = 1.0) -> Tensor:
+def prior(tile: Tile, *, temperature: Positive = 1.0) -> Measure:
     """π̃ = softmax(t/temperature), the prior's (a teacher's) distribution."""
-    if temperature == 1.0:
-        return tile.prior_log_probs
-    return tempered(tile.prior_logits, temperature)
+    return tile.mixture(prior=1 / temperature)
 
 
 @register_residual(
     "guided", uses_prior=True, is_policy=lambda knobs, prior_is_policy: prior_is_policy or knobs["eta"] == 0
 )
-def guided(tile: Tile, *, eta: Unit = 0.5) -> Tensor:
+def guided(tile: Tile, *, eta: Unit = 0.5) -> Measure:
     """π̃ ∝ p^(1-eta) · π_prior^eta: the policy, steered by the prior."""
-    mixed = torch.lerp(tile.log_probs, tile.prior_logits, eta)
-    return torch.log_softmax(mixed, dim=-1, out=mixed)
+    return tile.mixture(policy=1 - eta, prior=eta)
 
 
 @register_residual("sharpened")
-def sharpened(tile: Tile, *, beta: Positive = 0.7) -> tuple[Tensor, Tensor]:
+def sharpened(tile: Tile, *, beta: Positive = 0.7) -> tuple[Measure, Measure]:
     """π̃⁺ = p and π̃⁻ = softmax(z/beta): the label's gain is taken from the tokens the policy prefers."""
-    return tile.log_probs, tempered(tile.log_probs, beta)
+    return tile.policy, tile.mixture(policy=1 / beta)
 
 
 @register_residual("neighbors", uses_embeddings=True)

@@ -20,8 +20,8 @@ _SEARCH_ELEMENTS = 1 << 24
 
 
 def floor_of(dtype: torch.dtype) -> float:
-    """A log-probability that stands for zero: `exp` of it is 0, and sums with a weight below 1024 do not overflow."""
-    return torch.finfo(dtype).min / 1024
+    """A log-probability that stands for zero: `exp` of it is 0, and a sum over a million tokens does not overflow."""
+    return torch.finfo(dtype).min / 2**20
 
 
 def finite(log_probs: Tensor, in_place: bool = False) -> Tensor:
@@ -34,6 +34,30 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
     # From the largest logit, so that a tiny temperature leaves 0 there and at worst -inf elsewhere.
     shifted = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature)
     return finite(torch.log_softmax(shifted, dim=-1, out=shifted), in_place=True)
+
+
+def mixed(policy_logits: Tensor, prior_logits: Tensor | None, policy: float, prior: float) -> Tensor:
+    """Log-softmax of `policy · policy_logits[n, V] + prior · prior_logits[n, V]`."""
+    if policy == 0 == prior:
+        return torch.full_like(policy_logits, -math.log(policy_logits.size(-1)))
+    if policy == 0 or prior == 0:
+        return tempered(prior_logits, 1 / prior) if policy == 0 else tempered(policy_logits, 1 / policy)
+    if policy == 1 - prior:
+        both = torch.lerp(policy_logits, prior_logits, prior)
+    else:
+        both = torch.mul(policy_logits, policy).add_(prior_logits, alpha=prior)
+    return torch.log_softmax(both, dim=-1, out=both)
+
+
+def top_values(values: Tensor, k: int) -> Tensor:
+    """The `k` largest of every row of `values[n, V]`, in no order, `[n, k]`."""
+    return values.topk(k, dim=-1, sorted=False).values
+
+
+def entropy_of(logits: Tensor) -> Tensor:
+    """Entropy `[n]`, in nats, of the softmax of every row of finite `logits[n, k]`."""
+    log_probs = torch.log_softmax(logits, dim=-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
 
 
 def sequence_means(values: Tensor, sequence_ids: Tensor | None) -> Tensor:
@@ -140,7 +164,7 @@ class Tile:
     Attributes:
         log_probs: `[n, V]`, log-softmax of the policy's logits.
         labels: `[n]`, the observed tokens.
-        prior_logits: `[n, V]` or None, logits of the prior, up to a constant per row.
+        prior_logits: `[n, V]`, logits of the prior, up to a constant per row; without them the prior is the policy.
         token_weights: `[n]` or None, the dataset's per-token weights.
         output_embeddings: the output embeddings, or None; `embeddings` is their matrix.
         reuse_buffers: whether `prior_logits` may be overwritten by its own log-softmax.
@@ -153,9 +177,26 @@ class Tile:
     output_embeddings: Embeddings | None = None
     reuse_buffers: bool = field(default=False, repr=False)
 
+    def __post_init__(self):
+        if self.prior_logits is None:
+            self.prior_logits = self.log_probs
+
     def measure(self, log_probs: Tensor) -> Measure:
         """The distribution with these `log_probs[n, V]`."""
         return Measure(log_probs, self.log_probs, self.labels)
+
+    def mixture(self, policy: float = 0.0, prior: float = 0.0) -> Measure:
+        """The distribution ∝ p^policy · π_prior^prior: tempered, sharpened, guided, uniform (both 0).
+
+        What is written as such a mixture never becomes a tensor in the device kernels.
+        """
+        if self.prior_logits is self.log_probs:
+            policy, prior = policy + prior, 0.0
+        if (policy, prior) == (1.0, 0.0):
+            return self.policy
+        if (policy, prior) == (0.0, 1.0):
+            return self.measure(self.prior_log_probs)
+        return self.measure(mixed(self.log_probs, self.prior_logits, policy, prior))
 
     @cached_property
     def policy(self) -> Measure:
@@ -180,6 +221,8 @@ class Tile:
     @cached_property
     def prior_log_probs(self) -> Tensor:
         """`[n, V]`, log-softmax of the prior's logits."""
+        if self.prior_logits is self.log_probs:
+            return self.log_probs
         out = self.prior_logits if self.reuse_buffers else None
         return torch.log_softmax(self.prior_logits, dim=-1, out=out)
 
@@ -216,8 +259,7 @@ class Tile:
         Zero in a vocabulary of one token, where nothing is undecided.
         """
         k = min(k, self.log_probs.size(-1))
-        top = torch.log_softmax(self.log_probs.topk(k, dim=-1, sorted=False).values, dim=-1)
-        return -(top.exp() * top).sum(-1) / math.log(max(k, 2))
+        return entropy_of(top_values(self.log_probs, k)) / math.log(max(k, 2))
 
     @property
     def sequence_mean(self) -> NoReturn:

@@ -19,6 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollato
 
 from .card import add_target, describe_prior
 from .checkpoints import check_checkpoint, last_whole_checkpoint
+from .choice import check_kernel
 from .config import QTargetConfig
 from .data import (
     SEQUENCES_KEY,
@@ -89,6 +90,7 @@ class QTargetSFTTrainer(SFTTrainer):
         super().__init__(model, args, *sft_args, **sft_kwargs)
 
         _refuse_what_cannot_work(self.accelerator)
+        check_kernel(self.qtarget_config.kernel, self.accelerator.device)
         # A subclass of TRL's collators is the user's own, and left alone.
         if self._token_columns and type(self.data_collator) is DataCollatorForVisionLanguageModeling:
             raise ValueError(
@@ -193,7 +195,8 @@ class QTargetSFTTrainer(SFTTrainer):
         prior = None
         if self._prior is not None:
             prior = self._prior.request({key: value for key, value in inputs.items() if key not in _POLICY_ALONE})
-        return TargetRequest(self._objective, prior, weights, sequences, self.qtarget_config.chunk_tokens)
+        config = self.qtarget_config
+        return TargetRequest(self._objective, prior, weights, sequences, config.chunk_tokens, config.kernel)
 
     def _scaled(self, outputs: QTargetOutput, num_items_in_batch: Tensor | int | None) -> Tensor:
         """The loss as `Trainer` expects it, by TRL's rules for averaging over ranks and accumulation steps."""

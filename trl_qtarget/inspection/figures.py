@@ -27,6 +27,7 @@ def _pyplot() -> Any:
     except ModuleNotFoundError:
         raise ValueError("`trl-qtarget plot` needs matplotlib: pip install matplotlib.") from None
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "trl-qtarget"  # equal figures are equal files
     from matplotlib import pyplot
 
     return pyplot
@@ -100,4 +101,5 @@ def _save(figure: Any, path: Path) -> None:
         raise ValueError(f"`{path.name}` must end in .png, .svg or .pdf.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as whole:
-        figure.savefig(whole, format=path.suffix[1:], dpi=150, bbox_inches="tight")
+        metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(path.suffix[1:])
+        figure.savefig(whole, format=path.suffix[1:], dpi=150, bbox_inches="tight", metadata=metadata)

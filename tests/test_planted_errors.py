@@ -14,7 +14,7 @@ import itertools
 
 from demo_task import task_problems
 
-from benchmarks.noise import KINDS, judge, plant
+from benchmarks.planted_errors import KINDS, judge, plant
 
 
 PROBLEMS, _ = task_problems("chain_sum", {}, 60, 8, 0)

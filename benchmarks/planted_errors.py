@@ -1,6 +1,6 @@
 """Do suspicious labels find wrong demonstrations? Planted errors, ranked by several methods and by plain NLL.
 
-python -m benchmarks.noise
+python -m benchmarks.planted_errors
 
 Sums with worked steps (the demo's task and model), some with one wrong step carried on, some with another number for
 the final answer. The model sees them as they are; the ranking of whole examples is compared with what was planted.
@@ -123,7 +123,7 @@ def make_trainer(model_path: str, dataset: Dataset, steps: int, seed: int) -> QT
     return QTargetSFTTrainer(
         AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32),
         SFTConfig(
-            output_dir="outputs/noise",
+            output_dir="outputs/planted_errors",
             max_steps=max(1, steps),
             per_device_train_batch_size=8,
             learning_rate=1e-3,
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--share", type=float, default=0.2, help="share of them with an error")
     parser.add_argument("--steps", type=int, default=48, help="steps of training on them before they are ranked")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "noise.csv")
+    parser.add_argument("--output", type=Path, default=RESULTS / "planted_errors.csv")
     arguments = parser.parse_args(argv)
     set_seed(arguments.seed)
     model_path = str(packaged_model(Path("outputs").resolve()))

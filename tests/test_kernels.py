@@ -1,0 +1,398 @@
+"""The Triton kernels equal the published formulas and the plain kernel. They run in Triton's interpreter, on a CPU."""
+
+import logging
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from formulas import FORMULAS, HEADS, free_formula, make_problem, relative_error
+from rounding import HALF, NAMES, arguments_of, assert_no_worse, fused, published, results, truth_of
+from test_exactness import FREE_CASES, METHOD_CASES, SHAPES, TOLERANCE, case_id, check_linear, free_knobs
+from test_loss_memory import PeakMemory
+from test_precision import importance_slack
+from training import train_target
+
+from trl_qtarget import METHODS, QTargetConfig, choice, chunks, linear_qtarget_loss, register_residual, register_trust
+from trl_qtarget.chunks import STATISTICS
+from trl_qtarget.gemm import Head
+from trl_qtarget.kernels import fold, folded, gradient
+from trl_qtarget.kernels.plain import PlainKernel
+from trl_qtarget.registry import Positive
+from trl_qtarget.residual import RESIDUALS
+from trl_qtarget.trust import TRUSTS
+
+
+pytestmark = pytest.mark.skipif(not choice._interpreted(), reason="on a GPU the kernels are compiled: test_cuda.py")
+
+
+def both(problem, config: QTargetConfig, **more):
+    """Output and gradients of the loss by the plain and by the Triton kernel."""
+    found = []
+    for kernel in ("torch", "triton"):
+        leaves = problem.leaves()
+        bias = leaves[2] if len(leaves) > 2 else None
+        output = linear_qtarget_loss(
+            *leaves[:2],
+            problem.labels,
+            replace(config, kernel=kernel),
+            bias=bias,
+            **{**problem.linear_arguments(), **more},
+        )
+        found.append((output, torch.autograd.grad(output.loss, leaves)))
+    return found
+
+
+def check_same(problem, config: QTargetConfig, tolerance: float = TOLERANCE, **more) -> None:
+    (plain, plain_gradients), (fast, gradients) = both(problem, config, **more)
+    for name in STATISTICS:
+        expected, value = getattr(plain, name), getattr(fast, name)
+        assert torch.equal(value.isnan(), expected.isnan()), name
+        assert relative_error(value.nan_to_num(), expected.nan_to_num(), 1.0) < tolerance, name
+    for value, expected in zip(gradients, plain_gradients, strict=True):
+        assert relative_error(value, expected, 1e-2) < tolerance
+
+
+# --- exactness, in float64 ---
+
+
+@pytest.mark.parametrize(("name", "knobs"), METHOD_CASES, ids=case_id)
+def test_method_equals_its_formula(name, knobs):
+    for shape, head, chunk_tokens in zip(SHAPES[:2], ("capped", "scaled"), (None, 5), strict=True):
+        config = QTargetConfig(name, chunk_tokens=chunk_tokens, kernel="triton", **knobs)
+        check_linear(make_problem(*shape, head=head), FORMULAS[name], config, knobs)
+
+
+@pytest.mark.parametrize(("trust", "residual"), FREE_CASES)
+def test_free_combination_equals_its_formula(trust, residual):
+    knobs = free_knobs(trust, residual)
+    config = QTargetConfig(None, trust=trust, residual=residual, chunk_tokens=7, kernel="triton", **knobs)
+    check_linear(make_problem(*SHAPES[1]), free_formula(trust, residual), config, knobs)
+
+
+@pytest.mark.parametrize("residual", ["prior", "guided"])
+def test_the_policy_as_its_prior(residual):
+    config = QTargetConfig(None, trust="clipped_ratio", residual=residual, prior="policy", kernel="triton")
+    formula = free_formula("clipped_ratio", "policy")
+    check_linear(make_problem(*SHAPES[1]), formula, config, {}, prior=False)
+    config = QTargetConfig("target_sft", kernel="triton")
+    check_linear(make_problem(*SHAPES[1]), FORMULAS["dft"], config, {}, prior=False)
+    tempered = QTargetConfig(None, trust="one", residual="prior", temperature=2.0, prior="policy")
+    check_same(make_problem(*SHAPES[1]), tempered)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("head", HEADS)
+def test_every_statistic_is_that_of_the_plain_kernel(name, head):
+    check_same(make_problem(13, 37, 6, 1, head=head), QTargetConfig(name, chunk_tokens=4))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, folded._BLOCK, folded._BLOCK + 1, 2 * folded._BLOCK + 317])
+@pytest.mark.parametrize("name", ["target_sft", "label_smoothing", "gem", "eaft", "psft"])
+def test_vocabularies_of_any_size(name, vocabulary):
+    # Several blocks, whole and ragged, and a vocabulary that fills only part of one.
+    check_same(make_problem(7, vocabulary, 5, 3), QTargetConfig(name))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("which", ["bias", "prior_bias"])
+def test_masked_tokens(name, which):
+    problem = make_problem(9, 2 * folded._BLOCK + 11, 4, 5)
+    tokens = torch.arange(folded._BLOCK - 3, problem.weight.size(0))  # from the first block on, and all of the last
+    tokens = tokens[~torch.isin(tokens, problem.labels)]
+    setattr(problem, which, getattr(problem, which).index_fill(0, tokens, -math.inf))
+    (plain, plain_gradients), (fast, gradients) = both(problem, QTargetConfig(name))
+    assert (fast.token_loss - plain.token_loss).abs().max() <= TOLERANCE * plain.token_loss.abs().max()
+    for value, expected in zip(gradients, plain_gradients, strict=True):
+        assert torch.isfinite(value).all() and relative_error(value, expected, 1e-2) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["target_sft", "asft", "gem", "label_smoothing"])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 1e3])
+def test_flat_and_extreme_logits(name, spread):
+    problem = make_problem(13, 301, 6, 6)
+    problem.hidden, problem.prior_hidden = problem.hidden * spread, problem.prior_hidden * spread
+    check_same(problem, QTargetConfig(name), 1e-11)  # logits to 1e5: rounded by 1e-11
+
+
+@pytest.mark.parametrize("knobs", [{"temperature": 0.02}, {"temperature": 50.0}, {"temperature": 1e-6}], ids=case_id)
+def test_sharp_and_flat_mixtures(knobs):
+    # At 1e-6 a share is beyond what is folded, and torch operations take over.
+    check_same(make_problem(13, 101, 6, 7), QTargetConfig("distill_hybrid", **knobs))
+
+
+def test_among_equals_the_first_is_the_favourite():
+    hidden, weight = torch.zeros(3, 3), torch.randn(5000, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([4999, 0, 2500])
+    output = linear_qtarget_loss(
+        hidden,
+        weight,
+        labels,
+        QTargetConfig("sft_kl", kernel="triton"),
+        prior_hidden=hidden,
+        prior_weight=weight,
+    )
+    assert output.is_top1.tolist() == output.prior_is_top1.tolist() == [0.0, 1.0, 0.0]
+
+
+def test_nothing_scored_and_nothing_but_ignored():
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    output = linear_qtarget_loss(hidden, weight, torch.full((3,), -100), QTargetConfig("gem", kernel="triton"))
+    output.loss.backward()
+    assert output.loss.item() == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_not_hidden(bad):
+    problem = make_problem(5, 37, 6, 8)
+    problem.hidden[2, 1] = bad
+    problem.labels[:] = 3
+    (plain, _), (fast, _) = both(problem, QTargetConfig("target_sft"))
+    assert torch.equal(plain.token_loss.isnan(), fast.token_loss.isnan()) and fast.token_loss[2].isnan()
+
+
+# --- rounding ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_method_is_no_worse_than_its_formula(name, dtype):
+    problem = make_problem(61, 203, 31, 2)
+    config = QTargetConfig(name, chunk_tokens=17, kernel="triton")
+    values = arguments_of(problem, dtype, 0.5)
+    fast, plain = (results(way, problem, config, values) for way in (fused, published))
+    assert_no_worse(fast, plain, truth_of(problem, config, values), dict.fromkeys(NAMES, dtype))
+
+
+@pytest.mark.parametrize(("trust", "residual"), FREE_CASES)
+def test_free_combination_is_no_worse_than_its_formula(trust, residual):
+    problem = make_problem(61, 203, 31, 2)
+    config = QTargetConfig(None, trust=trust, residual=residual, chunk_tokens=17, kernel="triton")
+    values = arguments_of(problem, torch.float32, 0.5)
+    fast, plain = (results(way, problem, config, values) for way in (fused, published))
+    slack = importance_slack(problem, values) if trust == "importance" else 0.0
+    assert_no_worse(fast, plain, truth_of(problem, config, values), dict.fromkeys(NAMES, torch.float32), slack)
+
+
+@pytest.mark.parametrize("name", ["sft", "gem", "target_sft", "distill"])
+@pytest.mark.parametrize("vocabulary", [37, folded._BLOCK, 2 * folded._BLOCK + 317])
+def test_a_narrow_gradient_takes_the_place_of_its_logits(name, vocabulary, monkeypatch):
+    # As on CUDA, whose products take bfloat16 operands: half as wide, in the memory that is read in the same pass.
+    problem = make_problem(11, vocabulary, 6, 9)
+    objective = QTargetConfig(name).objective(has_prior=True)
+    logits, prior_logits = problem.logits().float(), problem.prior_logits().float()
+    labels, factor = problem.labels.clamp(min=0), torch.tensor(0.25)
+    weights = problem.token_weights.float()
+    wanted = logits.clone()
+    plain = PlainKernel(objective)
+    tile = plain.tile(wanted, labels, prior_logits.clone() if objective.uses_prior else None, weights, None)
+    plain.write_gradient(wanted, objective.target(tile), factor, 1.0)
+
+    monkeypatch.setattr(folded, "has_mixed_gemm", lambda operands, out: True)
+    kernel = folded.FoldingKernel(objective)
+    narrow = kernel.gradient_of(logits, torch.bfloat16)
+    assert narrow.shape == logits.shape and narrow.data_ptr() == logits.data_ptr()
+    tile = kernel.tile(logits, labels, prior_logits if objective.uses_prior else None, weights, None)
+    kernel.write_gradient(narrow, objective.target(tile), factor, (1.0, 0.0))
+    # One bfloat16 rounding, which the interpreter does by cutting bits off; and float32's of p - γ where both are 1.
+    assert ((narrow.float() - wanted).abs() <= 2**-7 * wanted.abs() + 0.25 * 2**-22).all()
+
+
+# --- designs of one's own ---
+
+
+@pytest.fixture
+def own_designs():
+    """Designs that ask a tile for all that the documentation offers."""
+
+    @register_trust("peak")
+    def peak(tile):
+        return tile.probs.amax(-1) * (tile.policy.entropy + tile.log_probs[:, 0].exp()).clamp(max=0.5)
+
+    @register_trust("agreement", uses_prior=True)
+    def agreement(tile):
+        return (tile.probs * tile.prior_log_probs.exp()).sum(-1)
+
+    @register_residual("cubed")
+    def cubed(tile, *, temperature: Positive = 0.5):
+        return torch.log_softmax(tile.log_probs / temperature, dim=-1)
+
+    @register_residual("steered", uses_prior=True)
+    def steered(tile, *, alpha: Positive = 0.7):
+        return tile.mixture(policy=alpha, prior=0.9)
+
+    @register_residual("moved", uses_prior=True)
+    def moved(tile):
+        return tile.mixture(policy=0.5, prior=0.25), torch.log_softmax(tile.prior_logits * 2, dim=-1)
+
+    @register_residual("two_mixtures", uses_prior=True)
+    def two_mixtures(tile):
+        return tile.mixture(policy=0.5), tile.mixture(prior=2.0)
+
+    @register_residual("itself")
+    def itself(tile):
+        return tile.log_probs
+
+    trusts, residuals = ("peak", "agreement"), ("cubed", "steered", "moved", "two_mixtures", "itself")
+    yield [(trust, residual) for trust in (*trusts, "probability") for residual in (*residuals, "guided")]
+    for name in trusts:
+        del TRUSTS[name]
+    for name in residuals:
+        del RESIDUALS[name]
+
+
+def test_own_designs_run(own_designs):
+    for trust, residual in own_designs:
+        check_same(make_problem(13, 37, 6, 4, head="capped"), QTargetConfig(None, trust=trust, residual=residual))
+
+
+def test_only_neighbors_is_not_folded():
+    # So a new published residual needs no new kernel; one that is no mixture still runs, by torch operations.
+    for name in RESIDUALS:
+        objective = QTargetConfig(None, trust="one", residual=name).objective(has_prior=True)
+        assert (folded.mixture_of(objective) is None) == (name in ("policy", "neighbors")), name
+    expected = {"uniform": (0, 0), "prior": (0, 1), "guided": (0.5, 0.5), "sharpened": (1 / 0.7, 0)}
+    for name, shares in expected.items():
+        assert folded.mixture_of(QTargetConfig(None, trust="one", residual=name).objective(has_prior=True)) == shares
+
+
+# --- passes and memory ---
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_pass_to_fold_and_one_to_write(name, monkeypatch):
+    launched = []
+
+    class Counted:
+        def __init__(self, kernel, label):
+            self.kernel, self.label = kernel, label
+
+        def __getitem__(self, grid):
+            launched.append((self.label, grid))
+            return self.kernel[grid]
+
+    monkeypatch.setattr(fold, "fold_kernel", Counted(fold.fold_kernel, "fold"))
+    monkeypatch.setattr(gradient, "gradient_kernel", Counted(gradient.gradient_kernel, "gradient"))
+    problem = make_problem(12, 37, 6, 4)
+    problem.labels = problem.labels.clamp(min=0)
+    hidden, weight, *_ = problem.leaves()
+    config = QTargetConfig(name, chunk_tokens=6, kernel="triton")
+    linear_qtarget_loss(hidden, weight, problem.labels, config, **problem.linear_arguments())
+    before = [("fold", (6,))] * (2 * config.objective(has_prior=True).trust.per_sequence)
+    assert launched == before + [("fold", (6,)), ("gradient", (6,))] * 2
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_of_the_size_of_the_logits_is_made_beside_them(name):
+    tokens, vocabulary = 24, 4096
+    problem = make_problem(tokens, vocabulary, 4, 40, bias=False)
+    arguments = problem.linear_arguments()
+    arguments = {key: x.float() if torch.is_tensor(x) and x.is_floating_point() else x for key, x in arguments.items()}
+    hidden, weight = (x.float().requires_grad_() for x in (problem.hidden, problem.weight))
+    config = QTargetConfig(name, kernel="triton")
+    with PeakMemory() as memory:
+        linear_qtarget_loss(hidden, weight, problem.labels, config, **arguments)
+    scored = int(problem.scored.sum())
+    buffers = 1 + config.objective(has_prior=True).uses_prior
+    gradients = 2 * weight.nbytes
+    assert buffers * scored * vocabulary * 4 <= memory.peak < (buffers + 0.2) * scored * vocabulary * 4 + gradients
+
+
+# --- the choice ---
+
+
+def batch_of(config: QTargetConfig, head: str = "plain"):
+    """Arguments of a batch, as the fused loss makes them."""
+    problem = make_problem(8, 37, 6, 4, head=head)
+    objective = config.objective(has_prior=True)
+    given = problem.head
+    return {
+        "objective": objective,
+        "head": Head(problem.weight, None, given.get("logit_scale", 1.0), given.get("logit_softcap")),
+        "hidden": problem.hidden,
+        "labels": problem.labels,
+        "prior_head": Head(problem.prior_weight) if objective.uses_prior else None,
+        "prior_hidden": problem.prior_hidden if objective.uses_prior else None,
+        "token_weights": problem.token_weights,
+        "sequence_ids": problem.sequence_ids,
+        "chunk_tokens": None,
+        "observer": None,
+    }
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_kernels_agree_before_they_are_used(name):
+    state = torch.get_rng_state()
+    for head in HEADS:
+        batch = batch_of(QTargetConfig(name), head)
+        assert choice.disagreement(batch, folded.FoldingKernel(batch["objective"])) is None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(choice, "_at_home", lambda device: True)
+    monkeypatch.setattr(choice, "_agreed", {})
+    choice._warn.cache_clear()
+
+
+def test_auto_takes_triton_where_it_is_at_home_and_right(as_on_a_gpu, monkeypatch):
+    tried = []
+    check = choice.disagreement
+    monkeypatch.setattr(choice, "disagreement", lambda *arguments: tried.append(1) or check(*arguments))
+    batch = batch_of(QTargetConfig("target_sft"))
+    assert [choice.make_kernel("auto", batch).name for _ in range(3)] == ["triton"] * 3
+    assert len(tried) == 1
+    assert choice.make_kernel("torch", batch).name == "torch"
+    assert choice.make_kernel("auto", batch_of(QTargetConfig("gem"))).name == "triton" and len(tried) == 2
+
+
+@pytest.mark.parametrize("fault", ["wrong statistic", "wrong gradient", "no compiler"])
+def test_auto_falls_back_with_one_warning(as_on_a_gpu, fault, monkeypatch, caplog):
+    if fault == "wrong statistic":
+        monkeypatch.setattr(folded.FoldedPolicy, "entropy", property(lambda self: self.tile.label_probs))
+    elif fault == "wrong gradient":
+        monkeypatch.setattr(gradient, "COEFFICIENTS", 3)
+        monkeypatch.setattr(folded.FoldingKernel, "slope", lambda self, head, logits: (1.01, 0.0))
+    else:
+        monkeypatch.setattr(folded.FoldingKernel, "tile", lambda *arguments: 1 / 0)
+    with caplog.at_level(logging.WARNING, logger="trl_qtarget"):
+        for name in ("target_sft", "target_sft", "asft"):
+            assert choice.make_kernel("auto", batch_of(QTargetConfig(name))).name == "torch"
+    words = {"wrong statistic": "`entropy`", "wrong gradient": "the gradient of", "no compiler": "ZeroDivisionError"}
+    assert [words[fault] in record.message for record in caplog.records] == [True]
+
+
+def test_a_cpu_takes_the_plain_kernel():
+    assert choice.make_kernel("auto", batch_of(QTargetConfig("target_sft"))).name == "torch"
+
+
+def test_triton_where_it_cannot_run(monkeypatch):
+    monkeypatch.setattr(choice, "_interpreted", lambda: False)
+    hidden, weight, labels = torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="`kernel='triton'` does not run on cpu: choose `kernel='auto'`"):
+        linear_qtarget_loss(hidden, weight, labels, QTargetConfig("sft", kernel="triton"))
+    with pytest.raises(ValueError, match="`kernel='triton'` does not run on cpu"):
+        train_target(QTargetConfig("sft", kernel="triton"))
+    monkeypatch.setattr(choice, "_installed", lambda: False)
+    with pytest.raises(ValueError, match="`kernel='triton'` needs Triton: pip install triton"):
+        linear_qtarget_loss(hidden, weight, labels, QTargetConfig("sft", kernel="triton"))
+    assert linear_qtarget_loss(hidden, weight, labels, "sft").loss > 0
+
+
+# --- the size of a chunk ---
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"), [(80e9, 2**29), (9e9, 2**29), (8e9, 2**28), (3e9, 2**27), (0.2e9, 2**26)]
+)
+def test_a_chunk_on_a_gpu_is_small_beside_what_is_free(free, expected, monkeypatch):
+    chunks._cuda_chunk_bytes.cache_clear()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free / 2), 100e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(free))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: int(free / 2))
+    device = torch.device("cuda", 0)
+    assert chunks.chunk_elements(device, torch.float32, 1) == expected // 4
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 100e9))  # asked once: it stays what it was
+    assert chunks.chunk_elements(device, torch.float32, 2) == expected // 8
+    chunks._cuda_chunk_bytes.cache_clear()

@@ -1,0 +1,162 @@
+"""Which kernel does the work: Triton's where they are at home and agree with the plain one, else the plain one.
+
+Before Triton kernels are first used for an objective on a device, they and the plain kernel score the same few random
+tokens. So a compiler, driver or device that gets them wrong costs one warning and some speed, not a training run.
+"""
+
+import importlib.util
+import logging
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .chunks import Batch, Kernel
+from .gemm import Head, has_mixed_gemm
+from .kernels.plain import PlainKernel
+from .methods import Objective
+
+
+logger = logging.getLogger(__name__)
+
+_TOKENS, _VOCABULARY, _WIDTH = 24, 5003, 32  # several blocks, and a ragged one
+# Sums in another order differ by some hundred roundings of float32; a gradient that is rounded to bfloat16 for the
+# products may fall on the neighbouring number.
+_TOLERANCE, _ROUNDED_TOLERANCE = 1e-4, 1e-2
+_agreed: dict[Any, bool] = {}
+
+
+def check_kernel(name: str, device: torch.device) -> None:
+    """Refuse a kernel that cannot run on a device.
+
+    Raises:
+        ValueError: `kernel="triton"` without Triton, or on a device that it has no compiler for.
+    """
+    if name != "triton":
+        return
+    if not _installed():
+        raise ValueError("`kernel='triton'` needs Triton: pip install triton, or choose `kernel='auto'`.")
+    if not _at_home(device) and not _interpreted():
+        raise ValueError(
+            f"`kernel='triton'` does not run on {device.type}: choose `kernel='auto'`, or start Python with "
+            "TRITON_INTERPRET=1 to run it, very slowly, in Triton's interpreter."
+        )
+
+
+def make_kernel(name: str, batch: "dict[str, Any]") -> Kernel:
+    """The kernel for a batch, given as the arguments of `Batch`: `"torch"`, `"triton"`, or the best that is right."""
+    objective, device = batch["objective"], batch["hidden"].device
+    check_kernel(name, device)
+    if name == "triton":
+        return _folding(objective)
+    if name == "auto" and _at_home(device) and _agrees(batch):
+        return _folding(objective)
+    return PlainKernel(objective)
+
+
+def _folding(objective: Objective) -> Kernel:
+    from .kernels.folded import FoldingKernel
+
+    return FoldingKernel(objective)
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _at_home(device: torch.device) -> bool:
+    """Whether Triton compiles for the device."""
+    return device.type == "cuda" and _installed()
+
+
+def _interpreted() -> bool:
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+def _agrees(batch: dict[str, Any]) -> bool:
+    """Whether Triton's kernels give what the plain one gives for this objective and device; tried once, remembered."""
+    objective, hidden, head = batch["objective"], batch["hidden"], batch["head"]
+    knobs = tuple(sorted(objective.knobs.items()))
+    key = (hidden.device, hidden.dtype, head.weight.dtype, objective.trust.name, objective.residual.name, knobs)
+    key = (*key, objective.uses_prior, head.logit_softcap)
+    if key not in _agreed:
+        try:
+            difference = disagreement(batch, _folding(objective))
+        except Exception as error:  # a compiler may fail in any way
+            difference = f"{type(error).__name__}: {error}"
+        _agreed[key] = difference is None
+        if difference is not None:
+            _warn(difference)
+    return _agreed[key]
+
+
+@cache
+def _warn(difference: str) -> None:
+    logger.warning(
+        f"The Triton kernels are not used on this device, plain torch operations are, which are slower: {difference}"
+    )
+
+
+@torch.no_grad()
+def disagreement(batch: dict[str, Any], kernel: Kernel) -> str | None:
+    """What a kernel computes otherwise than the plain one on a small batch like the given one; None if nothing."""
+    small = _small(batch)
+    operands = Batch(**small, kernel=kernel).operands
+    results = []
+    for each in (PlainKernel(batch["objective"]), kernel):
+        tried = Batch(**small, kernel=each)
+        with torch.autocast(small["hidden"].device.type, enabled=False):
+            inverse = torch.full((), 1 / _TOKENS, dtype=tried.dtype, device=small["hidden"].device)
+            results.append(tried.run(inverse, True, True, small["head"].bias is not None))
+    (statistics, gradients), (other_statistics, other_gradients) = results
+    for name, value in statistics.items():
+        if not torch.allclose(other_statistics[name], value, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True):
+            return f"they disagree in `{name}`."
+    rounded = has_mixed_gemm(operands, gradients[0])
+    for name, value, other in zip(("hidden", "weight", "bias"), gradients, other_gradients, strict=True):
+        tolerance = _ROUNDED_TOLERANCE if rounded else _TOLERANCE
+        if value is not None and not (other - value).norm() <= tolerance * value.norm():
+            return f"they disagree in the gradient of `{name}`."
+    return None
+
+
+def _small(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of a few random tokens, in all else like the given one. The global random numbers are left alone."""
+    hidden, head, prior_head = batch["hidden"], batch["head"], batch["prior_head"]
+    generator = torch.Generator(hidden.device).manual_seed(0)
+
+    def normal(*shape: int, like: Tensor, scale: float = 1.0) -> Tensor:
+        values = torch.randn(shape, generator=generator, device=hidden.device) * scale
+        return values.to(like.dtype)
+
+    def small_head(given: Head) -> Head:
+        weight = normal(_VOCABULARY, _WIDTH, like=given.weight, scale=2 * _WIDTH**-0.5 / given.logit_scale)
+        bias = None if given.bias is None else normal(_VOCABULARY, like=given.bias)
+        return replace(given, weight=weight, bias=bias)
+
+    def if_given(name: str, made: Tensor) -> Tensor | None:
+        return None if batch[name] is None else made
+
+    policy = small_head(head)
+    labels = torch.randint(_VOCABULARY, (_TOKENS,), generator=generator, device=hidden.device)
+    # Some labels that are probable, or every trust would be about zero.
+    states = normal(_TOKENS, _WIDTH, like=hidden)
+    states[::2] += 3 * policy.weight[labels[::2]].to(states.dtype) * head.logit_scale
+    prior_hidden = batch["prior_hidden"]
+    return {
+        **batch,
+        "head": policy,
+        "hidden": states,
+        "labels": labels,
+        "prior_head": None if prior_head is None else small_head(prior_head),
+        "prior_hidden": None if prior_hidden is None else normal(_TOKENS, _WIDTH, like=prior_hidden),
+        "token_weights": if_given("token_weights", normal(_TOKENS, like=head.weight).abs()),
+        "sequence_ids": if_given("sequence_ids", torch.arange(_TOKENS, device=hidden.device) // 5),
+        "chunk_tokens": _TOKENS // 2,
+        "observer": None,
+    }

@@ -1,0 +1,196 @@
+"""The loop over chunks of tokens: logits, statistics, and at once the gradient, multiplied back.
+
+Tokens are scored in chunks. While a chunk's logits are at hand, every statistic, the loss and the gradient
+`s (p - Q)/num_items` are computed, the gradient over the logits in place, and multiplied back into the gradients of
+the hidden states and of the head. So nothing is projected twice: 3 products of size N·V·H (2 with a frozen head), and
+one more with a prior.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import gemm
+from .gemm import Head
+from .methods import Objective, TokenTarget
+from .tile import Embeddings, LabelStatistics, Tile
+
+
+# Logits of a chunk, each of the policy's and the prior's: 256 MiB in float32. Large enough for full-speed products
+# (hundreds of tokens at the largest vocabularies), small beside the rest of a training step.
+_CHUNK_ELEMENTS = 1 << 26
+# On CUDA, bytes of both together, at most and at least: 512 MiB, or a sixteenth of what is free where that is less.
+# Each chunk reads and writes the float32 gradient of a trained head once, so a loss without a prior, which has the
+# room, takes half as many.
+MOST_CUDA_BYTES, _LEAST_CUDA_BYTES = 1 << 29, 1 << 26
+_CUDA_SHARE = 16
+STATISTICS = ("token_loss", "nll", "trust", "label_mass", "kl", "entropy", "is_top1", "prior_is_top1")
+
+
+def chunk_elements(device: torch.device, dtype: torch.dtype, buffers: int) -> int:
+    """Logits of a chunk in each of `buffers` tensors of this dtype."""
+    if device.type != "cuda":
+        return _CHUNK_ELEMENTS
+    return _cuda_chunk_bytes(device) // (buffers * dtype.itemsize)
+
+
+@cache
+def _cuda_chunk_bytes(device: torch.device) -> int:
+    """Bytes of all logits of a chunk, from what is free at the first call.
+
+    A power of two, found once: the order of sums, and with it the last bits of a result, should not hang on the rest
+    of the machine's memory.
+    """
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    share = 1 << int(math.log2(max(1, free / _CUDA_SHARE)))
+    return min(max(share, _LEAST_CUDA_BYTES), MOST_CUDA_BYTES)
+
+
+class Kernel(Protocol):
+    """What is done with logits between two products: `PlainKernel`, or `FoldingKernel` on a GPU."""
+
+    name: str
+
+    def block_tokens(self, vocabulary: int, device: torch.device) -> int: ...
+
+    def gradient_of(self, logits: Tensor, operands: torch.dtype) -> Tensor: ...
+
+    def slope(self, head: Head, logits: Tensor) -> Any: ...
+
+    def tile(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        prior_logits: Tensor | None,
+        token_weights: Tensor | None,
+        embeddings: Embeddings,
+    ) -> Tile: ...
+
+    def write_gradient(self, out: Tensor, target: TokenTarget, factor: Tensor, slope: Any) -> None: ...
+
+
+@dataclass
+class Batch:
+    """The scored tokens of one call (`N` of them) and the loop over their chunks."""
+
+    objective: Objective
+    head: Head
+    hidden: Tensor
+    labels: Tensor
+    prior_head: Head | None
+    prior_hidden: Tensor | None
+    token_weights: Tensor | None
+    sequence_ids: Tensor | None
+    chunk_tokens: int | None
+    kernel: Kernel
+    observer: Callable[[slice, TokenTarget], None] | None = None
+
+    def __post_init__(self):
+        # Autocast is read here, before it is switched off for the loop.
+        self.operands = gemm.operand_dtype(self.hidden, self.head.weight)
+        self.dtype = gemm.result_dtype(self.operands)
+        if self.prior_head is not None:
+            self.prior_operands = gemm.operand_dtype(self.prior_hidden, self.prior_head.weight)
+        self.embeddings = Embeddings(self.head.weight, self.labels)
+        tokens, vocabulary = max(1, len(self.labels)), self.head.weight.size(0)
+        elements = chunk_elements(self.hidden.device, self.dtype, 1 + (self.prior_head is not None))
+        most = min(self.chunk_tokens or max(1, elements // vocabulary), tokens)
+        chunks = -(-tokens // most)
+        self.chunk = -(-tokens // chunks)  # equal chunks: a small last one would waste the speed of its products
+        self.block = self.kernel.block_tokens(vocabulary, self.hidden.device)
+        shape = (self.chunk, vocabulary)
+        self.logits = torch.empty(shape, dtype=self.dtype, device=self.hidden.device)
+        self.prior_logits = torch.empty_like(self.logits) if self.prior_head is not None else None
+
+    def run(
+        self, inverse_count: Tensor, hidden_grad: bool, weight_grad: bool, bias_grad: bool
+    ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+        """Score every chunk; return the statistics `[N]` and the gradients of hidden, weight and bias."""
+        tokens, head = len(self.labels), self.head
+        new = self.logits.new_zeros
+        statistics = {name: new(tokens) for name in STATISTICS}
+        any_grad = hidden_grad or weight_grad or bias_grad
+        gradients = [
+            new(self.hidden.shape) if hidden_grad else None,
+            new(head.weight.shape) if weight_grad else None,
+            new(head.weight.size(0)) if bias_grad else None,
+        ]
+        trust = self._sequence_trust() if self.objective.trust.per_sequence else None
+
+        # A bias has no product that would round to the operands' dtype, so neither must its gradient be.
+        grad_dtype = self.dtype if bias_grad else self.operands
+
+        for chunk, logits, prior_logits in self._project():
+            grad_logits = self.kernel.gradient_of(logits, grad_dtype)
+            for block in self._blocks(chunk):
+                local = slice(block.start - chunk.start, block.stop - chunk.start)
+                z = logits[local]
+                slope = self.kernel.slope(head, z) if any_grad else None
+                tile = self._tile(block, z, None if prior_logits is None else prior_logits[local])
+                target = self.objective.target(tile, None if trust is None else trust[block])
+                self._record(statistics, block, target)
+                if self.observer is not None:
+                    self.observer(block, target)
+                if any_grad:
+                    self.kernel.write_gradient(grad_logits[local], target, inverse_count, slope)
+            if hidden_grad:
+                gemm.backproject(gradients[0][chunk], grad_logits, head.weight, self.operands)
+            if weight_grad:
+                gemm.accumulate_weight(gradients[1], grad_logits, self.hidden[chunk], self.operands)
+            if bias_grad:
+                gradients[2] += grad_logits.sum(0)
+        return statistics, gradients
+
+    def _project(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Yield each chunk with its logits and its prior's logits, in buffers that the next chunk overwrites."""
+        for start in range(0, len(self.labels), self.chunk):
+            chunk = slice(start, min(start + self.chunk, len(self.labels)))
+            logits, prior_logits = self.logits[: chunk.stop - start], None
+            gemm.project(logits, self.hidden[chunk], self.head.weight, self.operands)
+            if self.prior_head is not None:
+                prior_logits = self.prior_logits[: chunk.stop - start]
+                gemm.project(prior_logits, self.prior_hidden[chunk], self.prior_head.weight, self.prior_operands)
+            for block in self._blocks(slice(0, chunk.stop - start)):
+                self.head.transform(logits[block])
+                if self.prior_head is not None:
+                    self.prior_head.transform(prior_logits[block])
+            yield chunk, logits, prior_logits
+
+    def _blocks(self, chunk: slice) -> Iterator[slice]:
+        for start in range(chunk.start, chunk.stop, self.block):
+            yield slice(start, min(start + self.block, chunk.stop))
+
+    def _tile(self, block: slice, logits: Tensor, prior_logits: Tensor | None) -> Tile:
+        weights = None if self.token_weights is None else self.token_weights[block]
+        return self.kernel.tile(logits, self.labels[block], prior_logits, weights, self.embeddings)
+
+    def _sequence_trust(self) -> Tensor:
+        """γ `[N]` of a trust that needs whole sequences, from one extra pass over the logits."""
+        policy, prior = self.logits.new_empty(len(self.labels)), None
+        if self.prior_head is not None:
+            prior = torch.empty_like(policy)
+        for chunk, logits, prior_logits in self._project():
+            for block in self._blocks(chunk):
+                local = slice(block.start - chunk.start, block.stop - chunk.start)
+                tile = self._tile(block, logits[local], None if prior is None else prior_logits[local])
+                policy[block] = tile.label_log_probs
+                if prior is not None:
+                    prior[block] = tile.prior_label_log_probs
+        labels = LabelStatistics(policy, policy if prior is None else prior, self.token_weights, self.sequence_ids)
+        return self.objective.token_trust(labels)
+
+    def _record(self, statistics: dict[str, Tensor], block: slice, target: TokenTarget) -> None:
+        statistics["token_loss"][block] = self.objective.value(target)
+        statistics["nll"][block] = target.nll
+        statistics["trust"][block] = target.trust
+        statistics["label_mass"][block] = target.label_mass
+        statistics["kl"][block] = target.kl
+        statistics["entropy"][block] = target.tile.policy.entropy
+        statistics["is_top1"][block] = target.tile.is_top1.to(self.dtype)
+        statistics["prior_is_top1"][block] = math.nan if self.prior_head is None else target.tile.prior_is_top1

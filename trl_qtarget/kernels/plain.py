@@ -1,0 +1,66 @@
+"""The plain kernel: torch operations on blocks of a chunk, on any device."""
+
+import torch
+from torch import Tensor
+
+from ..gemm import Head
+from ..methods import Objective, TokenTarget
+from ..tile import Embeddings, Tile, finite
+
+
+# Logits worked on at a time between two products. On a CPU this block stays in the cache through all passes over it.
+# An accelerator has no such cache, but what a pass makes anew (probabilities, a residual) is as large as the block,
+# and several of those live at once: with a quarter of a chunk, 64 MiB in float32, they add about one chunk and not
+# several, and a kernel on it still takes longer than its launch.
+BLOCK_ELEMENTS = {"cpu": 1 << 20}
+DEFAULT_BLOCK_ELEMENTS = 1 << 24
+
+
+class PlainKernel:
+    """Statistics and gradient by torch operations, block by block, over the chunk's own logits."""
+
+    name = "torch"
+
+    def __init__(self, objective: Objective):
+        pass
+
+    def block_tokens(self, vocabulary: int, device: torch.device) -> int:
+        """Tokens of a block."""
+        return max(1, BLOCK_ELEMENTS.get(device.type, DEFAULT_BLOCK_ELEMENTS) // vocabulary)
+
+    def gradient_of(self, logits: Tensor, operands: torch.dtype) -> Tensor:
+        """Where the gradient over a chunk's `logits[n, V]` goes, for products with operands of this dtype."""
+        return logits
+
+    def slope(self, head: Head, logits: Tensor) -> Tensor | float:
+        """What `write_gradient` multiplies by; asked for before `tile` overwrites the logits."""
+        return head.slope(logits)
+
+    def tile(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        prior_logits: Tensor | None,
+        token_weights: Tensor | None,
+        embeddings: Embeddings,
+    ) -> Tile:
+        """The tile of a block of `logits[n, V]`, over which its log-probabilities are written."""
+        return Tile(
+            log_probs=finite(torch.log_softmax(logits, dim=-1, out=logits), in_place=True),
+            labels=labels,
+            prior_logits=None if prior_logits is None else finite(prior_logits, in_place=True),
+            token_weights=token_weights,
+            output_embeddings=embeddings,
+            reuse_buffers=True,
+        )
+
+    def write_gradient(self, out: Tensor, target: TokenTarget, factor: Tensor, slope: Tensor | float) -> None:
+        """`out[n, V] = factor · s (p - Q) · slope`, over the log-probabilities of the policy."""
+        terms, of_label = target.gradient()
+        (first, coefficient), *rest = [(measure.probs, (factor * value)[:, None]) for measure, value in terms]
+        torch.mul(first, coefficient, out=out)
+        for probs, coefficient in rest:
+            out.addcmul_(probs, coefficient)
+        out.scatter_add_(1, target.tile.labels[:, None], (factor * of_label)[:, None])
+        if isinstance(slope, Tensor) or slope != 1.0:
+            out.mul_(slope)
