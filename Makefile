@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 # Extra arguments: make demo ARGS="--method dft", make test ARGS="-k parity"
 ARGS ?=
 
-.PHONY: help demo test test-slow test-distributed lint format bench comparison docs clean
+.PHONY: help demo test test-slow test-distributed lint format bench comparison docs figures clean
 help:
 	@echo "make demo    fine-tune a real language model toward an explicit target (minutes on two cores)"
 	@echo "make test    run the tests;  make test-slow  those that take minutes"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint    check style;    make format  mend it"
 	@echo "make comparison   compare all methods (hours; resumable);  ARGS=--quick  a subset (minutes)"
 	@echo "make docs    build the documentation into build/docs"
+	@echo "make figures draw the figures of the documentation (needs Chromium; most of an hour on two cores)"
 	@echo "make bench   measure the loss and a training step against TRL; writes benchmarks/results/"
 
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
@@ -60,6 +61,10 @@ bench: $(VENV)/.ready
 docs: $(VENV)/.ready
 	$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+# By the commands that the documentation explains; what outputs/figures holds already is not made again.
+figures: $(VENV)/.ready
+	$(RUN) docs/make_figures.py
 
 # Goes on where it was interrupted; results and page in outputs/comparison.
 comparison: $(VENV)/.ready

@@ -22,7 +22,8 @@ from .common import (
     summary,
     write_results,
 )
-from .providers import PROVIDERS, Inputs, Shape, check_agreement, floor, make_inputs
+from .inputs import Inputs, Shape, make_inputs
+from .providers import PROVIDERS, available, check_agreement, fits, floor
 
 
 # SmolLM2-135M's head, and one as wide as those of the smallest models with Qwen's vocabulary.
@@ -61,15 +62,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--modes", nargs="+", choices=["trainable", "frozen"], default=["trainable", "frozen"])
     parser.add_argument("--warmup", type=int, default=1, help="rounds before the first one that counts")
     arguments = finish_arguments(parser.parse_args(argv), "head")
-    names = select(PROVIDERS, arguments.providers)
+    known = available(select(PROVIDERS, arguments.providers), arguments.providers, arguments.device)
     default_shapes = SHAPES + (CUDA_SHAPES if arguments.device == "cuda" else ())
     shapes = arguments.shapes or [Shape.parse(text) for text in default_shapes]
 
     rounds = arguments.warmup + arguments.repeats
-    calls_per_round = len(names) + len({_floor_of(name) for name in names})
+    calls_per_round = len(known) + len({_floor_of(name) for name in known})
     with progress_bar(len(shapes) * len(arguments.modes) * rounds * calls_per_round, "call") as progress:
         for shape in shapes:
             inputs = make_inputs(shape, DTYPES[arguments.dtype], arguments.device)
+            names = [name for name in known if fits(name, shape, arguments.device)]
+            if len(names) < len(known):
+                print(f"\nnot enough memory at {shape} for {', '.join(sorted(set(known) - set(names)))}.")
             for mode in arguments.modes:
                 progress.set_description(f"{shape} {mode}")
                 given = inputs if mode == "trainable" else inputs.frozen()

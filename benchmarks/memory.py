@@ -1,6 +1,6 @@
 """Peak memory of one loss call, forward and backward, beyond its inputs.
 
-Each provider runs in a process of its own. What counts is the highest memory in use during the call minus the memory
+On a CPU each provider runs in a process of its own. What counts is the highest memory in use during the call minus the memory
 in use just before it, when hidden states, heads, labels and the libraries' own start-up memory are already there. So
 everything the call itself needs counts: logits, buffers, temporary copies, and also the gradients that it returns
 (N·H, and V·H with a trainable head). These returned gradients are the floor: no implementation can do with less.
@@ -40,7 +40,8 @@ from .common import (
     synchronize,
     write_results,
 )
-from .providers import PROVIDERS, Inputs, Shape, make_inputs
+from .inputs import Inputs, Shape, make_inputs
+from .providers import PROVIDERS, available, fits
 
 
 # A large vocabulary on a narrow model: most of the memory is the loss's own, and a CPU finishes in reasonable time.
@@ -48,8 +49,6 @@ SHAPES = ("4096x256x151936",)
 
 # Every provider once at this size before the measured call, so that thread pools and workspaces exist by then.
 _WARMUP_SHAPE = Shape(8, 16, 64)
-# [N, V] tensors in float32 that a dense provider holds at its peak, rounded up: 17 GB of them at the default shape.
-_DENSE_COPIES = 7
 
 
 # --- the process that measures ---
@@ -146,12 +145,10 @@ def _measure_apart(name: str, shape: Shape, mode: str, arguments: argparse.Names
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _fits(name: str, shape: Shape, device: str) -> bool:
-    """Whether the machine has room for a dense provider; being killed for memory could take others along."""
-    if not name.startswith("dense/"):
-        return True
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-    return _DENSE_COPIES * shape.N * shape.V * 4 < free
+def _measure_here(name: str, shape: Shape, mode: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """`measure` in this process, with the allocator's caches empty."""
+    torch.cuda.empty_cache()
+    return measure(name, shape, mode, DTYPES[arguments.dtype], arguments.device)
 
 
 def _returned_gradients(shape: Shape, mode: str, dtype: torch.dtype) -> int:
@@ -176,12 +173,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--modes", nargs="+", choices=["trainable", "frozen"], default=["trainable"])
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = finish_arguments(parser.parse_args(argv), "memory")
-    names = select(PROVIDERS, arguments.providers)
+    names = available(select(PROVIDERS, arguments.providers), arguments.providers, arguments.device)
     dtype = DTYPES[arguments.dtype]
     if arguments.measure:
         print(json.dumps(measure(names[0], arguments.shapes[0], arguments.modes[0], dtype, arguments.device)))
         return
 
+    # PyTorch's allocator counts exactly, whatever ran before; resident memory needs a process of its own.
+    measured = _measure_here if arguments.device == "cuda" else _measure_apart
     runs = len(arguments.shapes) * len(arguments.modes) * len(names) * arguments.repeats
     with progress_bar(runs, "process") as progress:
         for shape in arguments.shapes:
@@ -190,13 +189,13 @@ def main(argv: list[str] | None = None) -> None:
                 sizes: dict[str, list[int]] = {}
                 sources = set()
                 for name in names:
-                    if not _fits(name, shape, arguments.device):
+                    if not fits(name, shape, arguments.device):
                         print(f"\nskipped {name}: not enough free memory for full logits.", file=sys.stderr)
                         progress.update(arguments.repeats)
                         continue
                     for _ in range(arguments.repeats):
                         progress.set_postfix_str(name)
-                        result = _measure_apart(name, shape, mode, arguments)
+                        result = measured(name, shape, mode, arguments)
                         sizes.setdefault(name, []).append(result["bytes"])
                         sources.add(result["source"])
                         progress.update()

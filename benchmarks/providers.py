@@ -1,4 +1,4 @@
-"""The implementations that are compared, all of them given the very same inputs: ours, TRL's, plain dense PyTorch.
+"""The implementations that are compared, all of them given the very same inputs.
 
 Every one returns a scalar loss, the mean over the tokens, whose gradient flows to `hidden` and, unless it is frozen,
 to `weight`. Providers of one objective compute the same function; `check_agreement` proves it on every run.
@@ -7,84 +7,21 @@ to `weight`. Providers of one objective compute the same function; `check_agreem
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+import psutil
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from trl_qtarget import QTargetConfig, linear_qtarget_loss
 
+from . import peers
+from .inputs import Inputs, Shape
 
-# What SFTTrainer's fused head asks of TRL's kernel (trl.trainer.utils and trl.trainer.sft_trainer, 1.16).
-_TRL_CHUNK_SIZE = 32768
-_TRL_OUTPUTS = ("log_probs", "entropy", "is_top1")
+
 # Relative tolerance of losses and of gradients (as norms), against the first provider of an objective.
 _TOLERANCES = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (2e-2, 5e-2)}
-_ETA = QTargetConfig("target_sft").knobs["eta"]
 
-
-@dataclass(frozen=True)
-class Shape:
-    """N tokens, hidden width H, vocabulary V."""
-
-    N: int
-    H: int
-    V: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Shape":
-        """From `1024x576x49152` (N x H x V)."""
-        return cls(*(int(part) for part in text.lower().split("x")))
-
-    def __str__(self) -> str:
-        return f"{self.N}x{self.H}x{self.V}"
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Hidden states, head and labels, and hidden states and head of a reference model of the same width."""
-
-    hidden: Tensor
-    weight: Tensor
-    labels: Tensor
-    prior_hidden: Tensor
-    prior_weight: Tensor
-
-    @property
-    def differentiable(self) -> tuple[Tensor, ...]:
-        """What the loss is differentiated by."""
-        return tuple(value for value in (self.hidden, self.weight) if value.requires_grad)
-
-    def frozen(self) -> "Inputs":
-        """The same tensors, with a head that is not trained, as under LoRA."""
-        return replace(self, weight=self.weight.detach())
-
-
-def make_inputs(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
-    """Random inputs with the probabilities of a trained model: labels from hopeless to certain, a prior nearby.
-
-    The logits of the other tokens have a standard deviation of 2; a multiple of the label's row lifts its logit by 0
-    to 20. The values hardly matter for the time, but near-uniform ones would prove little about agreement.
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device=device)
-
-    weight = normal(shape.V, shape.H).mul_(2 * shape.H**-0.5)
-    labels = torch.randint(shape.V, (shape.N,), generator=generator, device=device)
-    lift = torch.rand(shape.N, 1, generator=generator, device=device) * 5
-    hidden = normal(shape.N, shape.H).addcmul_(lift, weight[labels])
-    prior_hidden = normal(shape.N, shape.H).mul_(0.3).add_(hidden)
-    prior_weight = normal(shape.V, shape.H).mul_(0.2 * shape.H**-0.5).add_(weight)
-    hidden, weight, prior_hidden, prior_weight = (
-        value.to(dtype) for value in (hidden, weight, prior_hidden, prior_weight)
-    )
-    return Inputs(hidden.requires_grad_(), weight.requires_grad_(), labels, prior_hidden, prior_weight)
-
-
-# --- ours ---
+# [N, V] tensors in float32 that a dense provider holds at its peak, rounded up.
+_DENSE_COPIES = 7
 
 
 def _ours(config: QTargetConfig) -> Callable[[Inputs], Tensor]:
@@ -102,58 +39,26 @@ def _ours_with_reference(config: QTargetConfig) -> Callable[[Inputs], Tensor]:
     return loss
 
 
-# --- TRL's, as its trainers call them ---
-
-
-def _trl_log_probs(inputs: Inputs) -> Tensor:
-    arguments = (inputs.hidden, inputs.weight, None, inputs.labels, 1.0, _TRL_CHUNK_SIZE, None, 1.0, _TRL_OUTPUTS)
-    return ChunkedLogProbFunction.apply(*arguments)[0]
-
-
-def _trl_nll(inputs: Inputs) -> Tensor:
-    return -_trl_log_probs(inputs).sum() / len(inputs.labels)
-
-
-def _trl_dft(inputs: Inputs) -> Tensor:
-    log_probs = _trl_log_probs(inputs)
-    return (-log_probs * log_probs.exp().detach()).sum() / len(inputs.labels)
-
-
-def _trl_forward_kl(inputs: Inputs) -> Tensor:
-    student, teacher = (inputs.hidden, inputs.weight, None), (inputs.prior_hidden, inputs.prior_weight, None)
-    return ChunkedDivergenceFunction.apply(*student, *teacher, 0.0)[0].sum() / len(inputs.labels)
-
-
-# --- dense: full logits, fp32 softmax, autograd ---
-
-
-def _dense_dft(inputs: Inputs) -> Tensor:
-    log_probs = F.linear(inputs.hidden, inputs.weight).float().log_softmax(-1)
-    label_log_probs = log_probs.gather(1, inputs.labels[:, None])
-    return (-label_log_probs * label_log_probs.detach().exp()).mean()
-
-
-def _dense_target_sft(inputs: Inputs) -> Tensor:
-    log_probs = F.linear(inputs.hidden, inputs.weight).float().log_softmax(-1)
-    with torch.no_grad():
-        prior_log_probs = F.linear(inputs.prior_hidden, inputs.prior_weight).float().log_softmax(-1)
-        target = torch.lerp(log_probs, prior_log_probs, _ETA).softmax(-1)
-        trust = log_probs.gather(1, inputs.labels[:, None]).exp()
-        target = target.mul_(1 - trust).scatter_add_(1, inputs.labels[:, None], trust)
-    return -(target * log_probs).sum(-1).mean()
-
-
 @dataclass(frozen=True)
 class Provider:
     """An implementation of an objective.
 
     `reference`: whether it projects a reference model too. `counterpart`: the TRL provider it is compared with.
+    `package`: what must be installed for it, and runs on a GPU only.
     """
 
     loss: Callable[[Inputs], Tensor]
     objective: str
     reference: bool = False
     counterpart: str | None = None
+    package: str | None = None
+    gpu_only: bool = False
+
+    def missing(self, device: str) -> str | None:
+        """Why it cannot run on a device; None if it can."""
+        if self.gpu_only and device != "cuda":
+            return "on a CPU it is what `qtarget` is"
+        return peers.missing(self.package, device)
 
     def __call__(self, inputs: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Loss and gradients: one forward and one backward pass."""
@@ -162,22 +67,72 @@ class Provider:
 
 
 # TRL has no Target-SFT; its divergence is the only fused loss in it that reads a reference model, so it is the
-# counterpart of `target_sft`. `qtarget/forward_kl` is that very divergence, as the method `distill_hybrid` at lam = 1.
-PROVIDERS = {
-    "qtarget/sft": Provider(_ours(QTargetConfig("sft")), "nll", counterpart="trl/nll"),
-    "trl/nll": Provider(_trl_nll, "nll"),
-    "qtarget/dft": Provider(_ours(QTargetConfig("dft")), "dft", counterpart="trl/dft"),
-    "trl/dft": Provider(_trl_dft, "dft"),
-    "dense/dft": Provider(_dense_dft, "dft", counterpart="trl/dft"),
-    "qtarget/forward_kl": Provider(
-        _ours_with_reference(QTargetConfig("distill_hybrid", lam=1.0)), "kl", True, "trl/forward_kl"
-    ),
-    "trl/forward_kl": Provider(_trl_forward_kl, "kl", True),
-    "qtarget/target_sft": Provider(
-        _ours_with_reference(QTargetConfig("target_sft")), "target_sft", True, "trl/forward_kl"
-    ),
-    "dense/target_sft": Provider(_dense_target_sft, "target_sft", True, "trl/forward_kl"),
+# counterpart of `target_sft`. `forward_kl` is that very divergence, as the method `distill_hybrid` at lam = 1.
+_CONFIGS = {
+    "sft": (QTargetConfig("sft"), "nll", False, "trl/nll"),
+    "dft": (QTargetConfig("dft"), "dft", False, "trl/dft"),
+    "forward_kl": (QTargetConfig("distill_hybrid", lam=1.0), "kl", True, "trl/forward_kl"),
+    "target_sft": (QTargetConfig("target_sft"), "target_sft", True, "trl/forward_kl"),
 }
+
+
+def _own(group: str, kernel: str) -> dict[str, "Provider"]:
+    return {
+        f"{group}/{name}": Provider(
+            (_ours_with_reference if reference else _ours)(replace(config, kernel=kernel)),
+            objective,
+            reference,
+            counterpart,
+            gpu_only=group != "qtarget",
+        )
+        for name, (config, objective, reference, counterpart) in _CONFIGS.items()
+    }
+
+
+PROVIDERS = {
+    **_own("qtarget", "auto"),
+    **_own("qtarget-torch", "torch"),
+    "trl/nll": Provider(peers.trl_nll, "nll"),
+    "trl/dft": Provider(peers.trl_dft, "dft"),
+    "trl/forward_kl": Provider(peers.trl_forward_kl, "kl", True),
+    "dense/nll": Provider(peers.dense_nll, "nll", counterpart="trl/nll"),
+    "dense/dft": Provider(peers.dense_dft, "dft", counterpart="trl/dft"),
+    "dense/target_sft": Provider(peers.dense_target_sft, "target_sft", True, "trl/forward_kl"),
+    "compile/nll": Provider(peers.compiled(peers.dense_nll), "nll", counterpart="trl/nll"),
+    "compile/dft": Provider(peers.compiled(peers.dense_dft), "dft", counterpart="trl/dft"),
+    "compile/target_sft": Provider(peers.compiled(peers.dense_target_sft), "target_sft", True, "trl/forward_kl"),
+    "liger/nll": Provider(peers.liger_nll, "nll", counterpart="trl/nll", package="liger_kernel"),
+    "liger/dft": Provider(peers.liger_dft, "dft", counterpart="trl/dft", package="liger_kernel"),
+    "liger/forward_kl": Provider(peers.liger_jsd, "kl", True, "trl/forward_kl", "liger_kernel"),
+    "liger/distillation": Provider(peers.liger_distillation, "kl", True, "trl/forward_kl", "liger_kernel"),
+    "cce/nll": Provider(peers.cce_nll, "nll", counterpart="trl/nll", package="cut_cross_entropy"),
+    "cce-exact/nll": Provider(peers.cce_exact_nll, "nll", counterpart="trl/nll", package="cut_cross_entropy"),
+}
+
+
+def fits(name: str, shape: Shape, device: str) -> bool:
+    """Whether the machine has room for full logits; being killed for memory could take others along."""
+    if name.split("/")[0] not in ("dense", "compile"):
+        return True
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    return _DENSE_COPIES * shape.N * shape.V * 4 < free
+
+
+def available(names: Iterable[str], wanted: Iterable[str] | None, device: str) -> list[str]:
+    """The providers that can run here; those asked for by name and missing end the run with the reason.
+
+    Others that are missing are pointed out on the screen.
+    """
+    found = []
+    for name in names:
+        reason = PROVIDERS[name].missing(device)
+        if reason is None:
+            found.append(name)
+        elif wanted is not None and name in wanted:
+            raise SystemExit(f"{name}: {reason}.")
+        elif PROVIDERS[name].package:
+            print(f"{name} is left out: {reason}.")
+    return found
 
 
 def floor(inputs: Inputs, reference: bool) -> Callable[[], None]:

@@ -15,10 +15,12 @@ _TITLES = {
     "head": "Loss from hidden states and LM head, forward and backward",
     "memory": "Peak memory of one loss call beyond its inputs, returned gradients included",
     "step": "Whole training step",
+    "statistics": "Training step with and without the logged statistics",
 }
 _FLOORS = {
     "head": "bare matrix products",
     "memory": "returned gradients",
+    "statistics": "without statistics",
 }
 
 
@@ -74,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("files", nargs="*", type=Path, help="CSV files; none: all in benchmarks/results")
     parser.add_argument("--providers", nargs="+", help="only these names or groups, such as trl/dft or qtarget")
     arguments = parser.parse_args(argv)
-    rows = [row for path in arguments.files or sorted(RESULTS.glob("*.csv")) for row in read_results(path)]
+    results = [file for name in _TITLES for file in sorted(RESULTS.glob(f"{name}-*.csv"))]
+    rows = [row for path in arguments.files or results for row in read_results(path)]
     if arguments.providers:
         wanted = arguments.providers
         rows = [row for row in rows if row["provider"] in wanted or row["provider"].split("/")[0] in wanted]

@@ -113,7 +113,8 @@ def _dataset(arguments: argparse.Namespace) -> Dataset:
     return Dataset.from_dict({"input_ids": ids.tolist()})
 
 
-def _build(name: str, mode: str, directory: str, arguments: argparse.Namespace) -> tuple[SFTTrainer, StepTimer]:
+def build(name: str, mode: str, directory: str, arguments: argparse.Namespace) -> tuple[SFTTrainer, StepTimer]:
+    """A trainer by the name of its provider, with a timer among its callbacks."""
     package, method = name.split("/")
     config = SFTConfig(
         output_dir=directory,
@@ -169,7 +170,7 @@ def _measure(names: list[str], mode: str, arguments: argparse.Namespace, progres
     """Seconds of every counted step of every trainer, in the same order for all."""
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as directory:
-        trainers = {name: _build(name, mode, directory, arguments) for name in names}
+        trainers = {name: build(name, mode, directory, arguments) for name in names}
         losses = {}
         for number in range(1 + arguments.repeats):
             for name in rng.sample(names, len(names)):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from playwright.sync_api import sync_playwright
 
 
@@ -43,6 +44,7 @@ def train(method: str, model: str, data: str) -> str:
         options = "--use_peft --lora_r 16 --lora_alpha 32 --lora_target_modules all-linear --max_steps 48"
         options += " --per_device_train_batch_size 8 --learning_rate 5e-4 --logging_steps 2 --lr_scheduler_type cosine"
         options += f" --gradient_checkpointing False --report_to none --seed {SEED}"
+        options += "" if torch.cuda.is_available() else " --use_cpu True --bf16 False"
         base = ["--model_name_or_path", model, "--dtype", "float32", "--dataset_name", data, "--method", method]
         command("sft", *base, "--output_dir", str(folder), *options.split())
     return str(folder)
@@ -71,13 +73,14 @@ def main() -> None:
     dataset, planted = plant(problems, "wrong_step", SHARE, SEED)
     data = WORK / "sums.jsonl"
     dataset.to_json(data)
-    print(f"Planted among the first 12, which are shown: {sorted(number for number in planted if number < 12)}")
+    print(f"Planted among the first 24, which are shown: {sorted(number for number in planted if number < 24)}")
     model = str(packaged_model(ROOT / "outputs"))
     runs = [f"{method}={train(method, model, str(data))}" for method in METHODS]
     command("plot", "--runs", *runs, "--output", str(FIGURES / "runs.svg"))
     page = WORK / "inspection.html"
     looked_at = ["--model_name_or_path", str(WORK / "target_sft"), "--dtype", "float32", "--dataset_name", str(data)]
-    command("inspect", *looked_at, "--methods", *METHODS, "--examples", "12", "--output", str(page))
+    looked_at += [] if torch.cuda.is_available() else ["--use_cpu", "True", "--bf16", "False"]
+    command("inspect", *looked_at, "--methods", *METHODS, "--examples", "24", "--output", str(page))
     photograph(page)
 
 

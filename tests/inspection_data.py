@@ -84,7 +84,6 @@ def _example(draw, number, words, scored, methods, alternatives, has_prior) -> d
         example["p"].append([_short(p[k]) for k in shown])
         if has_prior:
             example["prior"].append([_short(prior[k]) for k in shown])
-        rival = max((prior if has_prior else p)[1:])
         for name, columns in zip(methods, example["methods"], strict=True):
             trust, q = _target(name, p, prior, logits)
             columns["trust"].append(_short(trust))
@@ -93,7 +92,8 @@ def _example(draw, number, words, scored, methods, alternatives, has_prior) -> d
             columns["label_mass"].append(_short(q[0]))
             columns["drift"].append(_short(sum(x * (y - x) for x, y in zip(p, q, strict=True))))
             columns["q"].append([_short(q[k]) for k in shown])
-            columns["suspicion"].append(_short((1 - trust) * rival))
+            rival = max(q[1:])
+            columns["suspicion"].append(_short(max(0.0, math.log(rival / q[0])) if min(rival, q[0]) > 0 else 0.0))
     return example
 
 

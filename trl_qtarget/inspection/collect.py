@@ -202,7 +202,6 @@ def _inspect(
         lagged = config.prior_source == "lagged" and trainer.qtarget_config.prior_source != "lagged"
         prior = own if objective.uses_prior and (base.prior is None or lagged) else base.prior
         observed(objective, prior if objective.uses_prior else None, partial(_note_target, found, ids))
-        found.add(suspicion=_suspicion(found.values["trust"], first.values["rival"]))
         by_method.append(found.values)
     return {
         "tokens": tokens,
@@ -234,14 +233,12 @@ def _note_policy(found: _Tokens, has_prior: bool, positions: Tensor, target: Tok
     tile = target.tile
     prior = tile.prior_log_probs if has_prior else tile.log_probs
     ids = _alternatives(tile.labels, tile.log_probs, prior, found.count)
-    rival = prior.scatter(1, tile.labels[:, None], -torch.inf).amax(1).exp()
     found.positions += positions.tolist()
     found.add(
         ids=ids,
         nll=_rounded(target.nll),
         entropy=_rounded(tile.policy.entropy),
         p=_rounded(tile.log_probs.gather(1, ids).exp()),
-        rival=_rounded(rival),
     )
     if has_prior:
         found.add(prior=_rounded(prior.gather(1, ids).exp()))
@@ -264,21 +261,30 @@ def _note_target(found: _Tokens, ids: Tensor, positions: Tensor, target: TokenTa
     trust, policy = target.trust[:, None], target.tile.policy.probs
     probs = target.positive.probs - trust * target.negative.probs
     probs = probs.scatter_add(1, labels, trust)
+    suspicion = _suspicion(probs, labels)
     # Of a step on the logits, Σ p (Q - p) s is what every token's probability gives to the others.
     drift = target.scale * torch.linalg.vecdot(policy, probs - policy)
     found.add(
         trust=_rounded(target.trust),
         scale=_rounded(target.scale),
         label_mass=_rounded(target.label_mass),
+        suspicion=_rounded(suspicion),
         kl=[None if value != value else value for value in _rounded(target.kl)],
         drift=_rounded(drift),
         q=_rounded(probs.gather(1, chosen)),
     )
 
 
-def _suspicion(trust: list[float], rival: list[float]) -> list[float]:
-    """How little a label is trusted, times how sure the prior (or policy) is of another token."""
-    return [float(f"{max(0.0, 1 - t) * r:.5g}") for t, r in zip(trust, rival, strict=True)]
+def _suspicion(target: Tensor, labels: Tensor) -> Tensor:
+    """By how many nats the `target[n, V]` prefers another token to the label: `log max Q(v)/Q(y)`, at least 0.
+
+    It is large where the label is distrusted and the residual is sure of another token. Unlike `1 - γ` it tells an
+    unlikely label from an impossible one. Where Q is negative, as in `gem`, nothing is preferred.
+    """
+    smallest = torch.finfo(target.dtype).tiny
+    rival = target.scatter(1, labels, 0.0).amax(1).clamp(min=smallest)
+    label = target.gather(1, labels).squeeze(1).clamp(min=smallest)
+    return (rival.log() - label.log()).clamp(min=0.0)
 
 
 # --- words ---

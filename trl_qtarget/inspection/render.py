@@ -30,10 +30,10 @@ def render(data: dict) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], _ours("page.html"))
 
 
-def write_page(data: dict, path: Path) -> None:
-    """Write the page of `data` to `path`, whole or not at all."""
+def write_page(data: dict, path: "str | Path") -> None:
+    """Write the page of `data`, which `inspect_target` returned, to `path`, whole or not at all."""
     page = render(data)
-    with replacing(path) as unfinished:
+    with replacing(Path(path)) as unfinished:
         unfinished.write_text(page, encoding="utf-8", newline="\n")
 
 

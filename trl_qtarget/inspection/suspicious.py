@@ -1,4 +1,4 @@
-"""Labels that are probably wrong: distrusted by the target, while the prior is sure of another token."""
+"""Labels that are probably wrong: those to which the target prefers another token."""
 
 import json
 from collections.abc import Iterable
@@ -20,8 +20,9 @@ def suspicious_tokens(data: dict[str, Any], method: int = 0) -> list[dict[str, A
         method: number of the method whose trust is meant.
 
     Returns:
-        Rows with `example`, `position` (in its tokens), `token`, `method`, `suspicion`, `trust`, `nll` and
-        `prior_favourite`, the prior's most probable other token among the alternatives (the policy's without a prior).
+        Rows with `example`, `position` (in its tokens), `token`, `method`, `suspicion` (nats by which the target
+        prefers another token), `trust`, `nll` and `prior_favourite`, the prior's most probable other token among the
+        alternatives (the policy's without a prior).
     """
     words, name = data["vocabulary"], data["methods"][method]["name"]
     rows = []
