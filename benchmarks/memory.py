@@ -1,9 +1,10 @@
 """Peak memory of one loss call, forward and backward, beyond its inputs.
 
-On a CPU each provider runs in a process of its own. What counts is the highest memory in use during the call minus the memory
-in use just before it, when hidden states, heads, labels and the libraries' own start-up memory are already there. So
-everything the call itself needs counts: logits, buffers, temporary copies, and also the gradients that it returns
-(N·H, and V·H with a trainable head). These returned gradients are the floor: no implementation can do with less.
+On a CPU each provider runs in a process of its own. What counts is the highest memory in use during the call minus the
+memory in use just before it, when hidden states, heads, labels and the libraries' own start-up memory are already
+there. So everything the call itself needs counts: logits, buffers, temporary copies, and also the gradients that it
+returns (N·H, and V·H with a trainable head). These returned gradients are the floor: no implementation can do with
+less.
 
 On a CPU this is resident memory: the kernel's high-water mark (`VmHWM`), reset before the call; where it cannot be
 reset, the largest of samples taken every 2 ms. On CUDA it is what PyTorch's allocator handed out.
