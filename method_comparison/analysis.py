@@ -132,6 +132,23 @@ class Tested:
         """The row of that name; None if it is not there, or not yet."""
         return self._rows[setting.name].get(name)
 
+    def compared(self, name: str, baseline: str) -> list[Setting]:
+        """The settings in which a method can be compared with a baseline, each pair of trainings once.
+
+        Settings that differ only by the reference share the trainings of two methods that use none.
+        """
+        found: list[Setting] = []
+        seen = set()
+        for setting in self.settings(baseline):
+            row, other = self.row(setting, name), self.row(setting, baseline)
+            if row is None or row is other:
+                continue
+            trainings = tuple(result["key"] for result in (*row.results, *other.results))
+            if trainings not in seen:
+                seen.add(trainings)
+                found.append(setting)
+        return found
+
     def settings(self, baseline: str) -> list[Setting]:
         """The settings in which a baseline has been tested."""
         return [setting for setting in self.study.settings if self.row(setting, baseline)]

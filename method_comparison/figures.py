@@ -35,12 +35,10 @@ def _differences(tested: Tested) -> Any:
     names = [method.name for method in tested.study.methods if method.name != "sft"]
     figure, axes = plt.subplots(figsize=(1.2 + 0.75 * len(settings), 1 + 0.36 * len(names)))
     image = None
-    for column, setting in enumerate(settings):
-        for line, name in enumerate(names):
-            row = tested.row(setting, name)
-            if row is None:
-                continue
-            found = difference(row, tested.row(setting, "sft"), AT_BEST)
+    for line, name in enumerate(names):
+        for setting in tested.compared(name, "sft"):
+            column = settings.index(setting)
+            found = difference(tested.row(setting, name), tested.row(setting, "sft"), AT_BEST)
             image = axes.scatter(
                 column, line, s=420, marker="s", c=[100 * found.value], cmap="RdBu", vmin=-20, vmax=20
             )

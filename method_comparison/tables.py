@@ -63,14 +63,17 @@ def _others(row: Row, base: Row | None) -> str:
 
 
 def difference_table(tested: Tested, baseline: str, measure: str) -> str:
-    """Methods by settings: difference to a baseline, bold beyond two standard errors."""
+    """Methods by settings: difference to a baseline, bold beyond two standard errors; each pair of trainings once."""
     settings, lines = tested.settings(baseline), []
     for name in [BASE, *(method.name for method in tested.study.methods)]:
-        cells = []
-        for setting in settings:
-            row, other = tested.row(setting, name), tested.row(setting, baseline)
-            cells.append("" if row is None or row is other else _against(row, other, measure))
-        if any(cells):
+        compared = tested.compared(name, baseline)
+        if compared:
+            cells = [
+                _against(tested.row(setting, name), tested.row(setting, baseline), measure)
+                if setting in compared
+                else ""
+                for setting in settings
+            ]
             lines.append([f"`{name}`" if name != BASE else name, *cells])
     accuracies = [_percent(tested.row(setting, baseline).accuracy(measure)) for setting in settings]
     heads = ["method", *(setting.name for setting in settings)]
@@ -95,12 +98,8 @@ def wins_table(tested: Tested, baseline: str) -> str:
 
 def _signs(name: str, tested: Tested, baseline: str) -> list[list[int]]:
     """For each setting with both, the sign of the difference under each measure."""
-    found = []
-    for setting in tested.settings(baseline):
-        row, other = tested.row(setting, name), tested.row(setting, baseline)
-        if row and row is not other:
-            found.append([difference(row, other, measure).sign for measure in MEASURES])
-    return found
+    pairs = [(tested.row(s, name), tested.row(s, baseline)) for s in tested.compared(name, baseline)]
+    return [[difference(row, other, measure).sign for measure in MEASURES] for row, other in pairs]
 
 
 def choices_table(tested: Tested, cell: Callable[[Row], str]) -> str:

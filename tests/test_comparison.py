@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from launch import end, finish, start
 
 from method_comparison import settings
-from method_comparison.analysis import AT_BEST, AT_ONE, GREEDY, Row, difference
+from method_comparison.analysis import AT_BEST, AT_ONE, GREEDY, Row, Tested, difference
 from method_comparison.demonstrations import WORDINGS, demonstrations
 from method_comparison.runs import TEST, TUNE, Run, base_run, check, make_run, score
 from method_comparison.search import Point, Search
@@ -310,6 +310,19 @@ def test_difference_is_paired_and_takes_the_larger_error():
     apart = _row({"0": [1, 1, 1, 1], "1": [0] * 4}, {"0": [1, 0, 0, 0], "1": [0] * 4})
     found = difference(apart, other, GREEDY)
     assert found.error == pytest.approx(statistics.stdev([0.5, 0.0]) / 2**0.5)
+
+
+def test_trainings_that_settings_share_are_compared_once():
+    study = settings.load()
+    shared = {name: Row(name, ({"key": name},), 4) for name in ("sft", "dft")}
+    tested = object.__new__(Tested)
+    tested.study = study
+    tested._rows = {setting.name: {} for setting in study.settings}
+    for name in ("wrong30", "wrong30+strong"):
+        tested._rows[name] = {**shared, "asft": Row("asft", ({"key": f"asft {name}"},), 4)}
+    assert [setting.name for setting in tested.compared("dft", "sft")] == ["wrong30"]
+    assert [setting.name for setting in tested.compared("asft", "sft")] == ["wrong30", "wrong30+strong"]
+    assert tested.compared("sft", "sft") == tested.compared("gem", "sft") == []
 
 
 def test_tuning_score_weighs_greedy_and_sampled_alike():
