@@ -40,12 +40,33 @@ class PriorStates:
 
 
 @dataclass
+class NextTokens:
+    """The label of every position, already shifted, `[B·T]`, and the positions `[n]` of those that are not ignored.
+
+    To find the positions, the device has to finish all that it was given before: do it before a forward pass.
+    """
+
+    labels: Tensor
+    index: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor) -> "NextTokens":
+        """Of `labels[B, T]` as a collator makes them: entry `t + 1` is what position `t` predicts."""
+        return cls.shifted(_next_token(labels, IGNORE_INDEX))
+
+    @classmethod
+    def shifted(cls, labels: Tensor) -> "NextTokens":
+        """Of labels that are shifted already, flattened to `[B·T]`."""
+        return cls(labels, (labels != IGNORE_INDEX).nonzero().squeeze(1))
+
+
+@dataclass
 class TargetRequest:
     """What the loss needs beside the model's inputs.
 
     `token_weights` and `sequence_ids` are `[B, T]`, aligned with the labels before the shift. `prior` is called inside
-    the model's forward, before the policy's own pass. `observer` sees every token's target; positions count the
-    flattened `[B·T]` of the batch.
+    the model's forward, before the policy's own pass. `next_tokens` are the labels, for a prior that runs before that
+    forward. `observer` sees every token's target; positions count the flattened `[B·T]` of the batch.
     """
 
     objective: Objective
@@ -55,6 +76,7 @@ class TargetRequest:
     chunk_tokens: int | None = None
     kernel: str = "auto"
     observer: Observer | None = None
+    next_tokens: NextTokens | None = None
 
 
 @dataclass
@@ -125,25 +147,29 @@ def _next_token(values: Tensor, fill: float = 0) -> Tensor:
     return F.pad(values[:, 1:], (0, 1), value=fill).reshape(-1)
 
 
+def _next_tokens(request: TargetRequest, labels: Tensor | None, shift_labels: Tensor | None) -> NextTokens:
+    if shift_labels is not None:
+        return NextTokens.shifted(shift_labels.reshape(-1))
+    known = request.next_tokens
+    # Prompt learning has put virtual tokens before the text since.
+    return known if known is not None and len(known.labels) == labels.numel() else NextTokens.of(labels)
+
+
 def _target_loss(
     model: PreTrainedModel,
     hidden: Tensor,
     prior: PriorStates | None,
     request: TargetRequest,
-    labels: Tensor | None,
-    shift_labels: Tensor | None,
+    next_tokens: NextTokens,
     num_items_in_batch: Tensor | int | None,
 ) -> LinearQTargetOutput:
     head = head_of(model)
     device, length = head.weight.device, hidden.size(1)
-    if shift_labels is not None:
-        next_labels = shift_labels.reshape(-1)
-    else:
-        if prior is not None and prior.hidden.size(1) < length:
-            # The prior has no virtual token to predict the first real one from, so nothing is asked of it there.
-            labels = labels.clone()
-            labels[:, : length - prior.hidden.size(1) + 1] = IGNORE_INDEX
-        next_labels = _next_token(labels, IGNORE_INDEX)
+    if prior is not None and prior.hidden.size(1) < length:
+        # The prior has no virtual token to predict the first real one from, so nothing is asked of it there.
+        labels = next_tokens.labels.clone()
+        labels.view(-1, length)[:, : length - prior.hidden.size(1)] = IGNORE_INDEX
+        next_tokens = NextTokens.shifted(labels)
 
     def per_token(values: Tensor | None) -> Tensor | None:
         return None if values is None else _next_token(_right_align(values, length)).to(device)
@@ -157,7 +183,7 @@ def _target_loss(
             request.objective,
             hidden.flatten(0, 1).to(device),
             head,
-            next_labels.to(device),
+            next_tokens.labels.to(device),
             prior_hidden=prior_hidden,
             prior_head=prior_head,
             token_weights=per_token(request.token_weights),
@@ -167,6 +193,7 @@ def _target_loss(
             chunk_tokens=request.chunk_tokens,
             kernel=request.kernel,
             observer=request.observer,
+            index=next_tokens.index.to(device),
         )
 
 
@@ -197,14 +224,13 @@ def add_target_head(model: PreTrainedModel) -> None:
         shift_labels = kwargs.pop("shift_labels", None)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         kwargs["use_cache"] = False
+        next_tokens = None if qtarget is None else _next_tokens(qtarget, labels, shift_labels)
         prior = qtarget.prior() if qtarget is not None and qtarget.prior is not None else None
         # Looked up on each call: FSDP and PEFT replace the backbone after this function has run.
         outputs = self.base_model(*args, **kwargs)
         if qtarget is None:
             return FinalHiddenOutput(outputs.last_hidden_state)
-        tokens = _target_loss(
-            self, outputs.last_hidden_state, prior, qtarget, labels, shift_labels, num_items_in_batch
-        )
+        tokens = _target_loss(self, outputs.last_hidden_state, prior, qtarget, next_tokens, num_items_in_batch)
         aux_loss = None
         if kwargs.get("output_router_logits"):
             aux_loss = _load_balancing_loss(text_config, outputs.router_logits, kwargs.get("attention_mask"))

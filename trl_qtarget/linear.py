@@ -181,14 +181,16 @@ def fused_loss(
     chunk_tokens: int | None = None,
     kernel: str = "auto",
     observer: Observer | None = None,
+    index: Tensor | None = None,
 ) -> LinearQTargetOutput:
     """`linear_qtarget_loss` for arguments that are known to be good, as the trainer's are.
 
-    `observer` is shown the target of every block, with the positions `[n]` of its tokens, before the next one replaces
-    it: so what is looked at is what is trained toward.
+    `index` are the positions `[n]` of the labelled tokens, where they are known already: to find them, the device has
+    to finish all that it was given before. `observer` is shown the target of every block, with the positions `[n]` of
+    its tokens, before the next one replaces it: so what is looked at is what is trained toward.
     """
     scored = labels != ignore_index
-    index = scored.nonzero().squeeze(1)
+    index = scored.nonzero().squeeze(1) if index is None else index
 
     def rows(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.detach()[index]

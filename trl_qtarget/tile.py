@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import gemm
@@ -64,7 +65,10 @@ def sequence_means(values: Tensor, sequence_ids: Tensor | None) -> Tensor:
     """Replace each of `values[N]` by the mean over its sequence; without `sequence_ids[N]` all are one sequence."""
     if sequence_ids is None:
         return values.mean().expand_as(values) if values.numel() else values
-    _, index = torch.unique(sequence_ids, return_inverse=True)
+    # Numbered by sorting: `torch.unique` would have the host wait for the number of sequences.
+    ordered, order = sequence_ids.sort(stable=True)
+    number = F.pad((ordered[1:] != ordered[:-1]).long(), (1, 0)).cumsum(0) if len(ordered) else ordered.long()
+    index = torch.empty_like(number).scatter_(0, order, number)
     totals = torch.zeros_like(values).scatter_add_(0, index, values)
     counts = torch.zeros_like(values).scatter_add_(0, index, torch.ones_like(values))
     return (totals / counts.clamp(min=1))[index]

@@ -30,7 +30,7 @@ from .data import (
     check_column,
     prepare_with_columns,
 )
-from .head import QTargetOutput, TargetRequest, add_target_head
+from .head import NextTokens, QTargetOutput, TargetRequest, add_target_head
 from .lagged import LaggedPrior, PriorCallback
 from .metrics import local_sums, target_means
 from .priors import AdapterOffPrior, Prior, base_model_of
@@ -192,11 +192,13 @@ class QTargetSFTTrainer(SFTTrainer):
         if self._objective.trust.per_sequence:
             sequences = sequences_of(inputs) if sequences is None else sequences
             check_batch(SEQUENCES_KEY, sequences, inputs["labels"], self.qtarget_config.label)
-        prior = None
+        prior, next_tokens = None, NextTokens.of(inputs["labels"])
         if self._prior is not None:
             prior = self._prior.request({key: value for key, value in inputs.items() if key not in _POLICY_ALONE})
         config = self.qtarget_config
-        return TargetRequest(self._objective, prior, weights, sequences, config.chunk_tokens, config.kernel)
+        return TargetRequest(
+            self._objective, prior, weights, sequences, config.chunk_tokens, config.kernel, next_tokens=next_tokens
+        )
 
     def _scaled(self, outputs: QTargetOutput, num_items_in_batch: Tensor | int | None) -> Tensor:
         """The loss as `Trainer` expects it, by TRL's rules for averaging over ranks and accumulation steps."""
