@@ -8,11 +8,12 @@
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -61,12 +62,25 @@ class NextTokens:
 
 
 @dataclass
+class Observed:
+    """A target that is only looked at, beside the one that is trained toward and in the same forward pass.
+
+    `policy_prior`: whether the policy itself stands in for the prior.
+    """
+
+    objective: Objective
+    observer: Observer
+    policy_prior: bool = False
+
+
+@dataclass
 class TargetRequest:
     """What the loss needs beside the model's inputs.
 
     `token_weights` and `sequence_ids` are `[B, T]`, aligned with the labels before the shift. `prior` is called inside
     the model's forward, before the policy's own pass. `next_tokens` are the labels, for a prior that runs before that
-    forward. `observer` sees every token's target; positions count the flattened `[B·T]` of the batch.
+    forward. `observer` sees every token's target; positions count the flattened `[B·T]` of the batch. After that, each
+    of `observed` has its turn.
     """
 
     objective: Objective
@@ -77,6 +91,7 @@ class TargetRequest:
     kernel: str = "auto"
     observer: Observer | None = None
     next_tokens: NextTokens | None = None
+    observed: Sequence[Observed] = ()
 
 
 @dataclass
@@ -174,27 +189,34 @@ def _target_loss(
     def per_token(values: Tensor | None) -> Tensor | None:
         return None if values is None else _next_token(_right_align(values, length)).to(device)
 
+    # To `device`: a model split over devices may end on another one than its head.
+    hidden = hidden.flatten(0, 1).to(device)
     prior_hidden = None
     if prior is not None:
         prior_hidden = _right_align(prior.hidden, length).flatten(0, 1).to(device)
-    # To `device`: a model split over devices may end on another one than its head.
     with gathered(head, prior and prior.head()) as (head, prior_head):
-        return fused_loss(
-            request.objective,
-            hidden.flatten(0, 1).to(device),
-            head,
-            next_tokens.labels.to(device),
-            prior_hidden=prior_hidden,
-            prior_head=prior_head,
-            token_weights=per_token(request.token_weights),
-            sequence_ids=per_token(request.sequence_ids),
-            num_items_in_batch=num_items_in_batch,
-            ignore_index=IGNORE_INDEX,
-            chunk_tokens=request.chunk_tokens,
-            kernel=request.kernel,
-            observer=request.observer,
-            index=next_tokens.index.to(device),
-        )
+        of_batch = {
+            "token_weights": per_token(request.token_weights),
+            "sequence_ids": per_token(request.sequence_ids),
+            "num_items_in_batch": num_items_in_batch,
+            "ignore_index": IGNORE_INDEX,
+            "chunk_tokens": request.chunk_tokens,
+            "kernel": request.kernel,
+            "index": next_tokens.index.to(device),
+        }
+        tokens = (hidden, head, next_tokens.labels.to(device))
+
+        def loss(objective: Objective, observer: Observer | None, policy_prior: bool = False) -> LinearQTargetOutput:
+            states, of_prior = (hidden, head) if policy_prior else (prior_hidden, prior_head)
+            return fused_loss(
+                objective, *tokens, prior_hidden=states, prior_head=of_prior, observer=observer, **of_batch
+            )
+
+        output = loss(request.objective, request.observer)
+        with torch.no_grad():
+            for other in request.observed:
+                loss(other.objective, other.observer, other.policy_prior)
+        return output
 
 
 def add_target_head(model: PreTrainedModel) -> None:

@@ -3,7 +3,7 @@
 import datetime
 import importlib.metadata
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from ..config import QTargetConfig
-from ..head import PriorStates, TargetRequest, head_of
-from ..methods import Objective, TokenTarget
-from ..priors import backbone_states, base_model_of, inference
+from ..head import Observed
+from ..methods import TokenTarget
+from ..priors import inference
 from ..trainer import QTargetSFTTrainer, sequences_of
 from .summary import summarise
 
@@ -182,27 +182,20 @@ def _inspect(
         return None
     base = trainer._request(inputs)
     base.sequence_ids = sequences_of(inputs)
-    own = partial(_policy_states, trainer.model, {name: value for name, value in inputs.items() if name != "labels"})
-
-    def observed(objective: Objective, prior: Callable | None, observer: Callable) -> None:
-        # Without gradients none is computed, and the loss itself is thrown away.
-        request: TargetRequest = replace(base, objective=objective, prior=prior, observer=observer)
-        model(**inputs, qtarget=request)
-
-    model = trainer.model_wrapped if trainer.is_in_train else trainer.model
-    first = _Tokens(alternatives)
-    observed(
-        _REFERENCE.objective(base.prior is not None), base.prior, partial(_note_policy, first, base.prior is not None)
-    )
-    ids = torch.tensor(first.values["ids"], device=inputs["input_ids"].device)
-    by_method = []
+    has_prior = base.prior is not None
+    first, by_method, observed = _Tokens(alternatives), [], []
     for config in configs:
         objective = config.objective(has_prior=True)
-        found = _Tokens(alternatives)
         lagged = config.prior_source == "lagged" and trainer.qtarget_config.prior_source != "lagged"
-        prior = own if objective.uses_prior and (base.prior is None or lagged) else base.prior
-        observed(objective, prior if objective.uses_prior else None, partial(_note_target, found, ids))
+        found = _Tokens(alternatives)
+        # Without a prior the policy is its own, which is what `base` and `lagged` are at the first step.
+        own = objective.uses_prior and (lagged or not has_prior)
+        observed.append(Observed(objective, partial(_note_target, found, first), own))
         by_method.append(found.values)
+    objective, observer = _REFERENCE.objective(has_prior), partial(_note_policy, first, has_prior)
+    model = trainer.model_wrapped if trainer.is_in_train else trainer.model
+    # Without gradients none is computed, and the loss itself is thrown away.
+    model(**inputs, qtarget=replace(base, objective=objective, observer=observer, observed=observed))
     return {
         "tokens": tokens,
         "scored": [position + 1 for position in first.positions],  # a position predicts the next token
@@ -213,12 +206,6 @@ def _inspect(
         "prior": first.values.get("prior"),
         "methods": by_method,
     }
-
-
-def _policy_states(model: Any, inputs: dict[str, Any]) -> PriorStates:
-    """The policy as its own prior: what `base` and `lagged` are at the first step."""
-    causal_model = base_model_of(model)
-    return PriorStates(backbone_states(model, inputs), lambda: head_of(causal_model))
 
 
 def _rounded(values: Tensor) -> list:
@@ -253,11 +240,12 @@ def _alternatives(labels: Tensor, policy: Tensor, prior: Tensor, count: int) -> 
     return torch.tensor(rows, device=labels.device)
 
 
-def _note_target(found: _Tokens, ids: Tensor, positions: Tensor, target: TokenTarget) -> None:
-    """What the target asks for, at the alternatives chosen before, and what makes a step of it."""
+def _note_target(found: _Tokens, first: _Tokens, positions: Tensor, target: TokenTarget) -> None:
+    """What the target asks for, at the alternatives that `first` has chosen, and what makes a step of it."""
     start = len(found.positions)
     found.positions += positions.tolist()
-    chosen, labels = ids[start : start + len(positions)], target.tile.labels[:, None]
+    labels = target.tile.labels[:, None]
+    chosen = torch.tensor(first.values["ids"][start : len(found.positions)], device=labels.device)
     trust, policy = target.trust[:, None], target.tile.policy.probs
     probs = target.positive.probs - trust * target.negative.probs
     probs = probs.scatter_add(1, labels, trust)
