@@ -23,7 +23,7 @@ from trl import SFTConfig
 from trl_qtarget import QTargetSFTTrainer
 from trl_qtarget.files import replacing
 from trl_qtarget.inspection.collect import inspect_rows
-from trl_qtarget.inspection.suspicious import suspicious_examples, suspicious_tokens
+from trl_qtarget.inspection.suspicious import WORST, suspicious_examples, suspicious_tokens
 
 from .common import RESULTS, machine_facts
 
@@ -88,11 +88,11 @@ def plant(problems: list[Problem], kind: str, share: float, seed: int) -> tuple[
 
 def rankings(data: dict[str, Any]) -> dict[str, list[int]]:
     """Numbers of the examples, the most suspicious first, by NLL and by each method."""
-    found = {"mean NLL": {}, "largest NLL": {}}
+    found: dict[str, dict[int, float]] = {"mean NLL": {}, "largest NLL": {}, f"{WORST} largest NLL": {}}
     for example in data["examples"]:
-        number = int(example["name"])
-        found["mean NLL"][number] = sum(example["nll"]) / len(example["nll"])
-        found["largest NLL"][number] = max(example["nll"])
+        number, worst = int(example["name"]), sorted(example["nll"], reverse=True)
+        for name, count in zip(found, (len(worst), 1, WORST), strict=True):
+            found[name][number] = sum(worst[:count]) / len(worst[:count])
     order = {name: sorted(scores, key=lambda number: -scores[number]) for name, scores in found.items()}
     for number, method in enumerate(data["methods"]):
         rows = suspicious_examples(data, number)
