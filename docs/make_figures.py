@@ -58,7 +58,6 @@ def photograph(page: Path) -> None:
         view = browser.new_page(viewport={"width": 1360, "height": 900})
         view.goto(page.as_uri())
         view.locator("#methods label", has_text="target_sft").click()
-        view.screenshot(path=FIGURES / "inspection-summary.png")
         view.locator("#suspicious-tokens tbody tr").first.click()
         view.wait_for_timeout(300)
         view.screenshot(path=FIGURES / "inspection.png")
