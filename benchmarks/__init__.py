@@ -1,1 +1,1 @@
-"""Benchmarks of trl-qtarget: `python -m benchmarks.head`, `.memory`, `.step`, and `.report` for a table of results."""
+"""Benchmarks of trl-qtarget: `python -m benchmarks` runs all of them, and each module is a command of its own."""

@@ -5,6 +5,7 @@ import csv
 import datetime
 import gc
 import importlib.metadata
+import math
 import os
 import platform
 import random
@@ -20,6 +21,8 @@ import torch
 from tqdm import tqdm
 
 from trl_qtarget.files import replacing
+
+from .budget import rounds
 
 
 COLUMNS = (
@@ -46,6 +49,7 @@ def base_parser(description: str | None, repeats: int) -> argparse.ArgumentParse
     parser.add_argument("--repeats", type=int, default=repeats, help="measurements of each provider")
     parser.add_argument("--threads", type=int, help="CPU threads; None leaves torch's choice")
     parser.add_argument("--providers", nargs="+", help="names such as qtarget/dft, or groups such as qtarget")
+    parser.add_argument("--budget", type=float, help="seconds after which nothing more is begun; None: no limit")
     parser.add_argument("--output", type=Path, help="CSV file; None: benchmarks/results/<benchmark>-<device>.csv")
     return parser
 
@@ -101,18 +105,24 @@ def seconds(call: Callable[[], Any], device: str) -> float:
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], Any]], warmup: int, repeats: int, device: str, progress: tqdm
+    calls: Mapping[str, Callable[[], Any]],
+    warmup: int,
+    repeats: int,
+    device: str,
+    progress: tqdm,
+    limit: float = math.inf,
 ) -> dict[str, list[float]]:
     """Time every call once per round, so that a slow spell of the machine hits all alike.
 
-    The order changes from round to round: what a call leaves in the caches is not always found by the same other.
+    At least one round counts; there are fewer than `repeats` where they would take longer than `limit` seconds. The
+    order changes from round to round: what a call leaves in the caches is not always found by the same other.
     """
     rng = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in calls}
     gc.collect()
     gc.freeze()  # what the imports left need not be searched before every call
     try:
-        for number in range(warmup + repeats):
+        for number in rounds(warmup + 1, warmup + repeats, limit):
             for name in rng.sample(list(calls), len(calls)):
                 progress.set_postfix_str(name, refresh=False)
                 elapsed = seconds(calls[name], device)

@@ -38,6 +38,11 @@ class Inputs:
         """What the loss is differentiated by."""
         return tuple(value for value in (self.hidden, self.weight) if value.requires_grad)
 
+    @property
+    def shape(self) -> Shape:
+        """Its sizes."""
+        return Shape(len(self.hidden), self.hidden.size(1), len(self.weight))
+
     def frozen(self) -> "Inputs":
         """The same tensors, with a head that is not trained, as under LoRA."""
         return replace(self, weight=self.weight.detach())

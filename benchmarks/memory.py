@@ -22,7 +22,8 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from typing import Any
 import psutil
 import torch
 
+from .budget import Budget
 from .common import (
     DTYPES,
     base_parser,
@@ -42,7 +44,7 @@ from .common import (
     write_results,
 )
 from .inputs import Inputs, Shape, make_inputs
-from .providers import PROVIDERS, available, fits
+from .providers import PROVIDERS, available, fits, pointed_out
 
 
 # A large vocabulary on a narrow model: most of the memory is the loss's own, and a CPU finishes in reasonable time.
@@ -50,6 +52,8 @@ SHAPES = ("4096x256x151936",)
 
 # Every provider once at this size before the measured call, so that thread pools and workspaces exist by then.
 _WARMUP_SHAPE = Shape(8, 16, 64)
+# `bytes`, and their `source`.
+Peak = dict[str, Any]
 
 
 # --- the process that measures ---
@@ -114,7 +118,7 @@ def _cuda_peak(call: Callable[[], Any]) -> tuple[int, str]:
     return peak - start, "allocator"
 
 
-def measure(name: str, shape: Shape, mode: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
+def measure(name: str, shape: Shape, mode: str, dtype: torch.dtype, device: str) -> Peak:
     """Peak bytes of one provider in this process, and how they were found."""
 
     def inputs(size: Shape) -> Inputs:
@@ -132,24 +136,35 @@ def measure(name: str, shape: Shape, mode: str, dtype: torch.dtype, device: str)
 # --- the process that starts them ---
 
 
-def _measure_apart(name: str, shape: Shape, mode: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """`measure` in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--measure", "--providers", name, "--shapes", str(shape)]
-    command += ["--modes", mode, "--dtype", arguments.dtype, "--device", arguments.device]
+def _measure_apart(name: str, shapes: Sequence[Shape], mode: str, dtype: str, arguments: Namespace) -> list[Peak]:
+    """`measure` at each shape, in one fresh process."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--measure", "--providers", name]
+    command += ["--shapes", *map(str, shapes), "--modes", mode, "--dtype", dtype, "--device", arguments.device]
     if arguments.threads:
         command += ["--threads", str(arguments.threads)]
     # glibc: give every large block back when it is freed, so that none is handed out again uncounted.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment)
     if done.returncode:
-        raise RuntimeError(f"{name} at {shape} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        raise RuntimeError(f"{name} at {shapes} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return [json.loads(line) for line in done.stdout.splitlines()[-len(shapes) :]]
 
 
-def _measure_here(name: str, shape: Shape, mode: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """`measure` in this process, with the allocator's caches empty."""
-    torch.cuda.empty_cache()
-    return measure(name, shape, mode, DTYPES[arguments.dtype], arguments.device)
+def peaks(name: str, shapes: Sequence[Shape], mode: str, dtype: str, arguments: Namespace) -> dict[Shape, Peak]:
+    """`measure` at the shapes where a provider can run; those where it cannot are pointed out."""
+    found = {}
+    shapes = [shape for shape in shapes if fits(name, shape, arguments.device)]
+    if arguments.device != "cuda":
+        if shapes:
+            with pointed_out(name, ", ".join(map(str, shapes))):
+                found.update(zip(shapes, _measure_apart(name, shapes, mode, dtype, arguments), strict=True))
+        return found
+    # PyTorch's allocator counts exactly, whatever ran before; resident memory needs a process of its own.
+    for shape in shapes:
+        torch.cuda.empty_cache()
+        with pointed_out(name, shape):
+            found[shape] = measure(name, shape, mode, DTYPES[dtype], arguments.device)
+    return found
 
 
 def _returned_gradients(shape: Shape, mode: str, dtype: torch.dtype) -> int:
@@ -157,7 +172,10 @@ def _returned_gradients(shape: Shape, mode: str, dtype: torch.dtype) -> int:
     return rows * shape.H * dtype.itemsize
 
 
-def _rows(sizes: dict[str, list[int]], returned: int, fixed: dict[str, Any]) -> list[dict[str, Any]]:
+def memory_rows(sizes: dict[str, list[int]], shape: Shape, mode: str, dtype: str) -> list[dict[str, Any]]:
+    """Rows of a result file, without the benchmark's name: bytes of some providers and of the returned gradients."""
+    fixed = {"mode": mode, **vars(shape), "dtype": dtype, "metric": "bytes"}
+    returned = _returned_gradients(shape, mode, DTYPES[dtype])
     rows = []
     for name, values in sizes.items():
         counterpart = sizes.get(PROVIDERS[name].counterpart)
@@ -175,37 +193,43 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = finish_arguments(parser.parse_args(argv), "memory")
     names = available(select(PROVIDERS, arguments.providers), arguments.providers, arguments.device)
-    dtype = DTYPES[arguments.dtype]
     if arguments.measure:
-        print(json.dumps(measure(names[0], arguments.shapes[0], arguments.modes[0], dtype, arguments.device)))
+        for shape in arguments.shapes:
+            peak = measure(names[0], shape, arguments.modes[0], DTYPES[arguments.dtype], arguments.device)
+            print(json.dumps(peak), flush=True)
         return
 
-    # PyTorch's allocator counts exactly, whatever ran before; resident memory needs a process of its own.
-    measured = _measure_here if arguments.device == "cuda" else _measure_apart
-    runs = len(arguments.shapes) * len(arguments.modes) * len(names) * arguments.repeats
-    with progress_bar(runs, "process") as progress:
+    budget = Budget(arguments.budget)
+    with progress_bar(len(arguments.shapes) * len(arguments.modes) * len(names), "provider") as progress:
         for shape in arguments.shapes:
             for mode in arguments.modes:
                 progress.set_description(f"{shape} {mode}")
                 sizes: dict[str, list[int]] = {}
-                sources = set()
                 for name in names:
+                    progress.set_postfix_str(name)
                     if not fits(name, shape, arguments.device):
                         print(f"\nskipped {name}: not enough free memory for full logits.", file=sys.stderr)
-                        progress.update(arguments.repeats)
-                        continue
-                    for _ in range(arguments.repeats):
-                        progress.set_postfix_str(name)
-                        result = measured(name, shape, mode, arguments)
-                        sizes.setdefault(name, []).append(result["bytes"])
-                        sources.add(result["source"])
-                        progress.update()
-                if "samples" in sources:
-                    print("\nnote: sampled memory, a lower bound of the peak.", file=sys.stderr)
-                fixed = {"benchmark": "memory", "mode": mode, **vars(shape), "dtype": arguments.dtype}
-                rows = _rows(sizes, _returned_gradients(shape, mode, dtype), fixed | {"metric": "bytes"})
-                write_results(arguments.output, rows, arguments.device)
+                    elif budget.begins(f"{name} at {shape} {mode}"):
+                        sizes |= _repeated(name, shape, mode, arguments)
+                        # After each: what an interrupted run has measured is kept. All again, with ratios to the last.
+                        rows = memory_rows(sizes, shape, mode, arguments.dtype)
+                        rows = [{"benchmark": "memory"} | row for row in rows]
+                        write_results(arguments.output, rows, arguments.device)
+                    progress.update()
     print(f"Results are in {arguments.output}.")
+
+
+def _repeated(name: str, shape: Shape, mode: str, arguments: Namespace) -> dict[str, list[int]]:
+    """Bytes of a provider, each time anew; nothing if it cannot run."""
+    sizes = []
+    for _ in range(arguments.repeats):
+        found = peaks(name, [shape], mode, arguments.dtype, arguments)
+        if not found:
+            return {}
+        if found[shape]["source"] == "samples":
+            print("\nnote: sampled memory, a lower bound of the peak.", file=sys.stderr)
+        sizes.append(found[shape]["bytes"])
+    return {name: sizes}
 
 
 if __name__ == "__main__":

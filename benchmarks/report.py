@@ -9,17 +9,20 @@ from itertools import groupby
 from pathlib import Path
 
 from .common import RESULTS, read_results
+from .selection import BENCHMARKS
 
 
 _TITLES = {
     "head": "Loss from hidden states and LM head, forward and backward",
     "memory": "Peak memory of one loss call beyond its inputs, returned gradients included",
     "step": "Whole training step",
+    **{f"sweep {size}": f"Loss by {size}, with the rest of the shape fixed" for size in ("N", "V", "H", "dtype")},
     "statistics": "Training step with and without the logged statistics",
 }
 _FLOORS = {
     "head": "bare matrix products",
     "memory": "returned gradients",
+    **{f"sweep {size}": "floor" for size in ("N", "V", "H", "dtype")},
     "statistics": "without statistics",
 }
 
@@ -76,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("files", nargs="*", type=Path, help="CSV files; none: all in benchmarks/results")
     parser.add_argument("--providers", nargs="+", help="only these names or groups, such as trl/dft or qtarget")
     arguments = parser.parse_args(argv)
-    results = [file for name in _TITLES for file in sorted(RESULTS.glob(f"{name}-*.csv"))]
+    results = [file for name in BENCHMARKS for file in sorted(RESULTS.glob(f"{name}-*.csv"))]
     rows = [row for path in arguments.files or results for row in read_results(path)]
     if arguments.providers:
         wanted = arguments.providers

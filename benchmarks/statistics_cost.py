@@ -8,6 +8,7 @@ Without them the loss computes no more than its value and gradient, and nothing 
 
 import statistics
 import tempfile
+import time
 from typing import Any
 
 from datasets import disable_progress_bars
@@ -16,8 +17,10 @@ from transformers import TrainerCallback
 from trl_qtarget import QTargetSFTTrainer
 from trl_qtarget.chunks import Batch
 
+from .budget import Budget
 from .common import base_parser, finish_arguments, summary, write_results
-from .step import MODELS, StepTimer, build
+from .models import MODELS
+from .step import StepTimer, build
 
 
 CASES = (("full", "qtarget/dft"), ("lora", "qtarget/dft"), ("lora", "qtarget/target_sft"))
@@ -42,6 +45,17 @@ class Turns(TrainerCallback):
         Batch._record, QTargetSFTTrainer._record = self.whole
 
 
+class Limit(TrainerCallback):
+    """Ends a training after so many seconds, but not before every kind of step has counted once."""
+
+    def __init__(self, seconds: float):
+        self.end = time.perf_counter() + seconds
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= 4 and state.global_step % 2 == 0 and time.perf_counter() > self.end:
+            control.should_training_stop = True
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark and write its results."""
     parser = base_parser(__doc__, repeats=20)
@@ -53,13 +67,18 @@ def main(argv: list[str] | None = None) -> None:
     arguments.steps = 2 * (arguments.repeats + 1)
     disable_progress_bars()
     sizes = MODELS[arguments.model]
+    budget = Budget(arguments.budget, len(CASES))
     for mode, name in CASES:
+        limit = budget.share(f"{mode} {name}")
+        if limit == 0:
+            continue
         with tempfile.TemporaryDirectory() as directory:
             trainer, timer = build(name, mode, directory, arguments)
             # Before the timer's own callback, so that the switch is not timed.
             trainer.pop_callback(StepTimer)
             trainer.add_callback(Turns())
             trainer.add_callback(timer)
+            trainer.add_callback(Limit(limit))
             trainer.train()
         times = timer.times[2:]  # the first of each kind finds cold caches
         with_them, without = times[0::2], times[1::2]

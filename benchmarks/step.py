@@ -1,13 +1,15 @@
-"""Time of whole training steps of the real trainers: full fine-tuning and LoRA, ours beside TRL's.
+"""Time of whole training steps of the real trainers: full fine-tuning, LoRA and QLoRA, ours beside TRL's.
 
-The model has the sizes of SmolLM2-135M (Llama, 30 layers, width 576, vocabulary 49,152, tied embeddings) with random
-weights: nothing is downloaded, and no value changes what a step costs. Every trainer is built once, from the same
-seed, and gets the same random tokens, all of them scored. Then short `train()` calls alternate between the trainers.
-A step runs from `on_step_begin` to `on_step_end`: forward, prior, loss, backward, clipping, AdamW; fetching the batch
-is outside. The first step of every call is not counted.
+The model has the sizes of SmolLM2-135M (Llama, 30 layers, width 576, vocabulary 49,152, tied embeddings; `--model`
+names others) with random weights: nothing is downloaded, and no value changes what a step costs. Every trainer is
+built once, from the same seed, and gets the same random tokens, all of them scored. Then short `train()` calls
+alternate between the trainers. A step runs from `on_step_begin` to `on_step_end`: forward, prior, loss, backward,
+clipping, AdamW; fetching the batch is outside. The first step of every call is not counted.
 
-TRL has no Target-SFT: `trl_ratio` of `qtarget/target_sft` compares it with TRL's NLL, so it also holds the price of
-the forward pass of its prior, the base weights.
+`qtarget/target_sft` takes its prior from where the trainer finds one: the base weights under the adapters or, in full
+fine-tuning, the policy itself. `qtarget/target_sft+reference` is given a reference model of the same sizes and format.
+TRL has no Target-SFT: the `trl_ratio` of both compares them with TRL's NLL, so it also holds the price of the forward
+pass of their prior.
 
     python -m benchmarks.step
     python -m benchmarks.step --model tiny --batch 2 --tokens 16 --repeats 2 --output /tmp/step.csv
@@ -15,10 +17,12 @@ the forward pass of its prior, the base weights.
 
 import argparse
 import gc
+import importlib.util
 import random
 import tempfile
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +30,7 @@ from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from transformers import (
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -36,6 +41,7 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_qtarget import QTargetSFTTrainer
 
+from .budget import Budget, rounds
 from .common import (
     DTYPES,
     base_parser,
@@ -47,34 +53,19 @@ from .common import (
     synchronize,
     write_results,
 )
+from .models import MODELS
 
 
-MODELS = {
-    "smollm2-135m": {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 8192,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
-    },
-    # To try the benchmark out.
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-}
 # Which of TRL's trainers each of ours is compared with.
-COUNTERPARTS = {
-    "full": {"qtarget/dft": "trl/dft", "trl/dft": None, "trl/nll": None},
-    "lora": {"qtarget/target_sft": "trl/nll", "qtarget/dft": "trl/dft", "trl/dft": None, "trl/nll": None},
+_COUNTERPARTS = {
+    "qtarget/target_sft": "trl/nll",
+    "qtarget/target_sft+reference": "trl/nll",
+    "qtarget/dft": "trl/dft",
+    "trl/dft": None,
+    "trl/nll": None,
 }
+_REFERENCE = "+reference"
+MODES = ("full", "lora", "qlora")
 _LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
 
@@ -94,10 +85,26 @@ class StepTimer(TrainerCallback):
         self.times.append(time.perf_counter() - self._start)
 
 
-def _model(arguments: argparse.Namespace) -> LlamaForCausalLM:
+def _model(mode: str, directory: str, arguments: argparse.Namespace) -> LlamaForCausalLM:
+    """A model from the same seed each time, quantised to NF4 for QLoRA."""
     torch.manual_seed(0)
     config = LlamaConfig(**MODELS[arguments.model], tie_word_embeddings=True, pad_token_id=0, eos_token_id=1)
-    return LlamaForCausalLM(config).to(DTYPES[arguments.dtype])
+    dtype = DTYPES[arguments.dtype]
+
+    def unquantised() -> LlamaForCausalLM:
+        with torch.device(arguments.device):
+            return LlamaForCausalLM(config).to(dtype)
+
+    if mode != "qlora":
+        return unquantised()
+    folder = Path(directory) / "unquantised"  # Transformers quantises what it loads
+    if not folder.is_dir():
+        unquantised().save_pretrained(folder)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    place = {"": 0} if arguments.device == "cuda" else None
+    return LlamaForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=nf4, device_map=place)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -115,7 +122,7 @@ def _dataset(arguments: argparse.Namespace) -> Dataset:
 
 def build(name: str, mode: str, directory: str, arguments: argparse.Namespace) -> tuple[SFTTrainer, StepTimer]:
     """A trainer by the name of its provider, with a timer among its callbacks."""
-    package, method = name.split("/")
+    package, method = name.removesuffix(_REFERENCE).split("/")
     config = SFTConfig(
         output_dir=directory,
         per_device_train_batch_size=arguments.batch,
@@ -135,15 +142,17 @@ def build(name: str, mode: str, directory: str, arguments: argparse.Namespace) -
         seed=0,
     )
     lora = None
-    if mode == "lora":
+    if mode != "full":
         lora = LoraConfig(
             r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
         )
-    trainer_class, target = (
-        (QTargetSFTTrainer, {"qtarget_config": method}) if package == "qtarget" else (SFTTrainer, {})
-    )
+    trainer_class, target = SFTTrainer, {}
+    if package == "qtarget":
+        trainer_class, target = QTargetSFTTrainer, {"qtarget_config": method}
+    if name.endswith(_REFERENCE):
+        target["ref_model"] = _model(mode, directory, arguments)
     trainer = trainer_class(
-        _model(arguments),
+        _model(mode, directory, arguments),
         config,
         train_dataset=_dataset(arguments),
         processing_class=_tokenizer(),
@@ -156,23 +165,33 @@ def build(name: str, mode: str, directory: str, arguments: argparse.Namespace) -
     return trainer, timer
 
 
-def _check(losses: dict[str, float], mode: str, dtype: str) -> None:
+def missing(mode: str) -> str | None:
+    """Why a mode cannot run here; None if it can."""
+    if mode == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed"
+    return None
+
+
+def _check(losses: dict[str, float], dtype: str) -> None:
     """Raise unless ours and TRL's trainer of one objective start from the same loss."""
     for name, loss in losses.items():
-        other = COUNTERPARTS[mode][name]
+        other = _COUNTERPARTS[name]
         if other is None or other not in losses or name.split("/")[1] != other.split("/")[1]:
             continue
         if not abs(loss - losses[other]) <= _LOSS_TOLERANCE[dtype] * abs(losses[other]):
             raise RuntimeError(f"{name} and {other} disagree in the loss of the first steps: {loss}, {losses[other]}.")
 
 
-def _measure(names: list[str], mode: str, arguments: argparse.Namespace, progress: Any) -> dict[str, list[float]]:
+def _measure(
+    names: list[str], mode: str, arguments: argparse.Namespace, progress: Any, limit: float
+) -> dict[str, list[float]]:
     """Seconds of every counted step of every trainer, in the same order for all."""
     rng = random.Random(0)
+    end = time.perf_counter() + limit
     with tempfile.TemporaryDirectory() as directory:
         trainers = {name: build(name, mode, directory, arguments) for name in names}
         losses = {}
-        for number in range(1 + arguments.repeats):
+        for number in rounds(2, 1 + arguments.repeats, end - time.perf_counter()):
             for name in rng.sample(names, len(names)):
                 progress.set_postfix_str(name, refresh=False)
                 trainer, timer = trainers[name]
@@ -185,14 +204,32 @@ def _measure(names: list[str], mode: str, arguments: argparse.Namespace, progres
                 else:
                     del timer.times[before]  # the first step of a call finds the caches of another trainer
                 progress.update()
-        _check(losses, mode, arguments.dtype)
+        _check(losses, arguments.dtype)
     return {name: timer.times for name, (_, timer) in trainers.items()}
+
+
+def _rows(times: dict[str, list[float]], mode: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    sizes = MODELS[arguments.model]
+    fixed = {
+        "benchmark": "step",
+        "mode": mode + (" checkpointing" if arguments.gradient_checkpointing else ""),
+        "N": arguments.batch * arguments.tokens,
+        "H": sizes["hidden_size"],
+        "V": sizes["vocab_size"],
+        "dtype": arguments.dtype,
+        "metric": "seconds",
+    }
+    rows = []
+    for name, values in times.items():
+        trl_ratio = ratio(values, times.get(_COUNTERPARTS[name]))
+        rows.append({**fixed, "provider": name, **summary(values), "trl_ratio": trl_ratio})
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark and write its results."""
     parser = base_parser(__doc__, repeats=5)
-    parser.add_argument("--modes", nargs="+", choices=list(COUNTERPARTS), default=list(COUNTERPARTS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--model", choices=list(MODELS), default="smollm2-135m", help="sizes of the model")
     parser.add_argument("--batch", type=int, default=2, help="sequences per step")
     parser.add_argument("--tokens", type=int, default=256, help="tokens per sequence")
@@ -201,30 +238,28 @@ def main(argv: list[str] | None = None) -> None:
     arguments = finish_arguments(parser.parse_args(argv), "step")
     if arguments.steps < 2:
         raise SystemExit("--steps must be at least 2: the first is not counted.")
-    selected = {mode: select(COUNTERPARTS[mode], arguments.providers) for mode in arguments.modes}
+    names = select(_COUNTERPARTS, arguments.providers)
 
     disable_progress_bars()  # ours counts the calls
-    calls = sum(len(names) for names in selected.values()) * (1 + arguments.repeats)
-    with progress_bar(calls, "train()") as progress:
-        for mode, names in selected.items():
+    budget = Budget(arguments.budget, len(arguments.modes))
+    with progress_bar(len(arguments.modes) * len(names) * (1 + arguments.repeats), "train()") as progress:
+        for mode in arguments.modes:
+            limit = budget.share(mode)
+            reason = missing(mode)
+            if reason is not None:
+                print(f"{mode} is left out: {reason}.", flush=True)
+            if limit == 0 or reason is not None:
+                continue
             progress.set_description(mode)
-            times = _measure(names, mode, arguments, progress)
-            sizes = MODELS[arguments.model]
-            fixed = {
-                "benchmark": "step",
-                "mode": mode + (" checkpointing" if arguments.gradient_checkpointing else ""),
-                "N": arguments.batch * arguments.tokens,
-                "H": sizes["hidden_size"],
-                "V": sizes["vocab_size"],
-                "dtype": arguments.dtype,
-                "metric": "seconds",
-            }
-            rows = []
-            for name, values in times.items():
-                trl_ratio = ratio(values, times.get(COUNTERPARTS[mode][name]))
-                rows.append({**fixed, "provider": name, **summary(values), "trl_ratio": trl_ratio})
-            write_results(arguments.output, rows, arguments.device)
+            try:
+                times = _measure(names, mode, arguments, progress, limit)
+            except torch.OutOfMemoryError:
+                print(f"\n{mode} is left out: not enough memory.", flush=True)
+                times = {}
+            write_results(arguments.output, _rows(times, mode, arguments), arguments.device)
             gc.collect()  # the trainers of one mode make room for those of the next
+            if arguments.device == "cuda":
+                torch.cuda.empty_cache()
     print(f"Results are in {arguments.output}.")
 
 
