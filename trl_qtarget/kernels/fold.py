@@ -23,8 +23,30 @@ MIXTURE_POLICY_MEAN = tl.constexpr(10)  # mean of z - max under the mixture
 MIXTURE_PRIOR_MEAN = tl.constexpr(11)  # mean of t - max under the mixture
 ROWS = 12
 
+# Columns of a lane in one step. What a lane keeps is brought up to date once for all of them, not for each.
+GROUP = tl.constexpr(4)
+
 
 @triton.jit
+def exp(x):
+    """`tl.exp` without its three instructions more that keep results below 1e-38."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def is_first(row_ptr, label, label_value, top, before, offsets, BLOCK: tl.constexpr, FLOOR: tl.constexpr):
+    """Whether the label has the largest value, `top`, and no column before it has that too, as `argmax` counts.
+
+    `before` are the lanes' maxima over the steps before the label's; of its own step, all is read once more.
+    """
+    columns = label // BLOCK * BLOCK + offsets
+    values = tl.load(row_ptr + columns, mask=columns < label, other=FLOOR)
+    earlier = tl.maximum(tl.max(before, 0), tl.max(tl.max(values, 0), 0))
+    return (label_value >= top) & (label_value > earlier)
+
+
+# What depends on the number of tokens and on where a chunk begins must not cost a compilation for each.
+@triton.jit(do_not_specialize=["out_stride"], do_not_specialize_on_alignment=["labels_ptr"])
 def fold_kernel(
     policy_ptr,
     prior_ptr,
@@ -44,103 +66,105 @@ def fold_kernel(
 ):
     """One program per row. Every lane folds its own columns; the lanes are joined once, at the end.
 
-    `FLOOR` stands for a probability of zero, as in `tile.finite`. All `-inf` become `FLOOR`; NaN stays what it is.
+    `FLOOR` stands for a probability of zero, as in `tile.finite`. All `-inf` become `FLOOR`, and so does what lies
+    beyond the last column; NaN stays what it is: a maximum passes it over, the sums do not.
     """
     row = tl.program_id(0).to(tl.int64)
     policy_row = policy_ptr + row * policy_stride
     prior_row = prior_ptr + row * prior_stride
     dtype = policy_ptr.dtype.element_ty
-    lanes = tl.arange(0, BLOCK)
-    label = tl.load(labels_ptr + row)
-    label_logit = tl.load(policy_row + label)
-    label_logit = tl.where(label_logit < FLOOR, FLOOR, label_logit)
-    zeros = tl.zeros([BLOCK], dtype)
+    LANES: tl.constexpr = BLOCK // GROUP
+    MIXES_PRIOR: tl.constexpr = HAS_PRIOR and B > 0
+    offsets = tl.arange(0, GROUP)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    label = tl.load(labels_ptr + row).to(tl.int32)
+    zeros = tl.zeros([LANES], dtype)
 
-    z_max, z_sum, z_mean, beaten = zeros + FLOOR, zeros, zeros, tl.zeros([BLOCK], tl.int32)
+    z_max, z_sum, z_mean, z_before = zeros + FLOOR, zeros, zeros, zeros + FLOOR
     if HAS_PRIOR:
-        prior_label_logit = tl.load(prior_row + label)
-        prior_label_logit = tl.where(prior_label_logit < FLOOR, FLOOR, prior_label_logit)
-        t_max, t_sum, prior_beaten = zeros + FLOOR, zeros, tl.zeros([BLOCK], tl.int32)
+        t_max, t_sum, t_before = zeros + FLOOR, zeros, zeros + FLOOR
     if HAS_MIXTURE:
         m_max, m_sum, m_policy, m_prior = zeros + FLOOR, zeros, zeros, zeros
 
     for start in range(0, vocabulary, BLOCK):
-        columns = start + lanes
+        columns = start + offsets
         inside = columns < vocabulary
         z = tl.load(policy_row + columns, mask=inside, other=FLOOR)
-        z = tl.where(z < FLOOR, FLOOR, z)
-        # Among equals the first is the favourite, as `argmax` has it.
-        ahead = (z > label_logit) | ((z == label_logit) & (columns < label))
-        beaten = beaten | (inside & ahead).to(tl.int32)
-        z_new = tl.where(z > z_max, z, z_max)
-        z_new = tl.where(z == z, z_new, z)
-        z_step = z_new - z_max
-        shrink = tl.exp(-z_step)
-        weight = tl.where(inside, tl.exp(z - z_new), 0.0)
-        z_mean = shrink * (z_mean - z_step * z_sum) + weight * (z - z_new)
-        z_sum = shrink * z_sum + weight
         if HAS_PRIOR:
             t = tl.load(prior_row + columns, mask=inside, other=FLOOR)
+        z = tl.where(z < FLOOR, FLOOR, z)
+        z_new = tl.maximum(z_max, tl.max(z, 0))
+        z_before = tl.where(start + BLOCK <= label, z_new, z_before)
+        z_step = z_new - z_max
+        z_rest = z - z_new[None, :]
+        shrink = exp(-z_step)
+        weight = exp(z_rest)
+        z_mean = shrink * (z_mean - z_step * z_sum) + tl.sum(weight * z_rest, 0)
+        z_sum = shrink * z_sum + tl.sum(weight, 0)
+        z_max = z_new
+        if HAS_PRIOR:
             t = tl.where(t < FLOOR, FLOOR, t)
-            prior_ahead = (t > prior_label_logit) | ((t == prior_label_logit) & (columns < label))
-            prior_beaten = prior_beaten | (inside & prior_ahead).to(tl.int32)
-            t_new = tl.where(t > t_max, t, t_max)
-            t_new = tl.where(t == t, t_new, t)
+            t_new = tl.maximum(t_max, tl.max(t, 0))
+            t_before = tl.where(start + BLOCK <= label, t_new, t_before)
             t_step = t_new - t_max
+            t_rest = t - t_new[None, :]
             if PRIOR_SUM:
-                t_sum = tl.exp(-t_step) * t_sum + tl.where(inside, tl.exp(t - t_new), 0.0)
+                t_sum = exp(-t_step) * t_sum + tl.sum(exp(t_rest), 0)
+            t_max = t_new
         if HAS_MIXTURE:
             # Measured from the maxima of `z` and `t`: when these move, so does all that was summed before.
-            m = A * (z - z_new)
+            m = A * z_rest
             m_moved = m_max - A * z_step
             m_policy = m_policy - z_step * m_sum
-            if HAS_PRIOR:
-                m += B * (t - t_new)
+            if MIXES_PRIOR:
+                m += B * t_rest
                 m_moved -= B * t_step
                 m_prior = m_prior - t_step * m_sum
+            # A uniform mixture gives every column the same weight, so those beyond the last are put aside here.
             m = tl.where(inside, tl.where(m < FLOOR, FLOOR, m), FLOOR)
             m_moved = tl.where(m_moved < FLOOR, FLOOR, m_moved)
-            m_new = tl.where(m > m_moved, m, m_moved)
-            m_new = tl.where(m == m, m_new, m)
-            shrink = tl.exp(m_moved - m_new)
-            weight = tl.where(inside, tl.exp(m - m_new), 0.0)
-            m_policy = shrink * m_policy + weight * (z - z_new)
-            if HAS_PRIOR:
-                m_prior = shrink * m_prior + weight * (t - t_new)
-            m_sum = shrink * m_sum + weight
+            m_new = tl.maximum(m_moved, tl.max(m, 0))
+            shrink = exp(m_moved - m_new)
+            weight = exp(m - m_new[None, :])
+            m_policy = shrink * m_policy + tl.sum(weight * z_rest, 0)
+            if MIXES_PRIOR:
+                m_prior = shrink * m_prior + tl.sum(weight * t_rest, 0)
+            m_sum = shrink * m_sum + tl.sum(weight, 0)
             m_max = m_new
-        if HAS_PRIOR:
-            t_max = t_new
-        z_max = z_new
 
     out = out_ptr + row
     z_top = tl.max(z_max, 0)
     z_step = z_top - z_max
-    shrink = tl.exp(-z_step)
+    shrink = exp(-z_step)
     total = tl.sum(shrink * z_sum, 0)
+    label_logit = tl.load(policy_row + label)
+    label_logit = tl.where(label_logit < FLOOR, FLOOR, label_logit)
+    first = is_first(policy_row, label, label_logit, z_top, z_before, offsets, BLOCK, FLOOR)
     tl.store(out + POLICY_MAX * out_stride, z_top)
     tl.store(out + POLICY_LOG_SUM * out_stride, tl.log(total))
     tl.store(out + POLICY_MEAN * out_stride, tl.sum(shrink * (z_mean - z_step * z_sum), 0) / total)
     tl.store(out + LABEL_LOGIT * out_stride, label_logit)
-    tl.store(out + IS_TOP1 * out_stride, 1 - tl.max(beaten, 0))
+    tl.store(out + IS_TOP1 * out_stride, first.to(dtype))
     if HAS_PRIOR:
         t_top = tl.max(t_max, 0)
         t_step = t_top - t_max
+        label_logit = tl.load(prior_row + label)
+        label_logit = tl.where(label_logit < FLOOR, FLOOR, label_logit)
+        first = is_first(prior_row, label, label_logit, t_top, t_before, offsets, BLOCK, FLOOR)
         tl.store(out + PRIOR_MAX * out_stride, t_top)
         if PRIOR_SUM:
-            tl.store(out + PRIOR_LOG_SUM * out_stride, tl.log(tl.sum(tl.exp(-t_step) * t_sum, 0)))
-        tl.store(out + PRIOR_LABEL_LOGIT * out_stride, prior_label_logit)
-        tl.store(out + PRIOR_IS_TOP1 * out_stride, 1 - tl.max(prior_beaten, 0))
+            tl.store(out + PRIOR_LOG_SUM * out_stride, tl.log(tl.sum(exp(-t_step) * t_sum, 0)))
+        tl.store(out + PRIOR_LABEL_LOGIT * out_stride, label_logit)
+        tl.store(out + PRIOR_IS_TOP1 * out_stride, first.to(dtype))
     if HAS_MIXTURE:
         m_moved = m_max - A * z_step
         m_policy = m_policy - z_step * m_sum
-        if HAS_PRIOR:
+        if MIXES_PRIOR:
             m_moved -= B * t_step
             m_prior = m_prior - t_step * m_sum
         m_top = tl.max(m_moved, 0)
-        shrink = tl.exp(m_moved - m_top)
+        shrink = exp(m_moved - m_top)
         total = tl.sum(shrink * m_sum, 0)
         tl.store(out + MIXTURE_LOG_SUM * out_stride, m_top + tl.log(total))
         tl.store(out + MIXTURE_POLICY_MEAN * out_stride, tl.sum(shrink * m_policy, 0) / total)
-        if HAS_PRIOR:
+        if MIXES_PRIOR:
             tl.store(out + MIXTURE_PRIOR_MEAN * out_stride, tl.sum(shrink * m_prior, 0) / total)

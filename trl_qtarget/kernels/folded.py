@@ -22,8 +22,9 @@ from . import fold, gradient
 
 # The largest share of a mixture that is folded: beyond it, `share · floor` would overflow.
 _LARGEST_SHARE = 1024.0
-# Columns that a program works on at a time, with 8 per thread: what a lane keeps stays in registers.
-_BLOCK, _COLUMNS_PER_WARP = 2048, 256
+# Columns of float32 logits that a program works on at a time, and bytes of them per thread: enough loads at once to
+# hide the way from memory, and what a thread keeps still fits its registers.
+_BLOCK, _BYTES_PER_THREAD = 4096, 64
 
 
 class FoldedMeasure(Measure):
@@ -207,7 +208,9 @@ class FoldingKernel:
 
     def gradient_of(self, logits: Tensor, operands: torch.dtype) -> Tensor:
         """Where the gradient over `logits[n, V]` goes: into their memory, in the dtype that the products take."""
-        if not has_mixed_gemm(operands, logits):
+        # The barrier of an AMD GPU does not wait for what was asked of memory before it, and in the same memory the
+        # narrower gradient of one thread overwrites logits of another.
+        if torch.version.hip or not has_mixed_gemm(operands, logits):
             return logits
         return logits.view(operands)[:, : logits.size(1)]
 
@@ -228,23 +231,24 @@ class FoldingKernel:
         prior = logits if prior_logits is None else prior_logits
         policy_share, prior_share = self.shares or (0.0, 0.0)
         if len(logits):
-            fold.fold_kernel[(len(logits),)](
-                logits,
-                prior,
-                labels,
-                folded,
-                logits.size(1),
-                logits.stride(0),
-                prior.stride(0),
-                folded.stride(0),
-                FLOOR=floor_of(logits.dtype),
-                HAS_PRIOR=prior_logits is not None,
-                PRIOR_SUM=self.prior_sum,
-                HAS_MIXTURE=self.shares is not None,
-                A=policy_share,
-                B=prior_share,
-                **_sizes(logits.size(1)),
-            )
+            with torch.cuda.device_of(logits):  # Triton launches on the current device, wherever the tensors are
+                fold.fold_kernel[(len(logits),)](
+                    logits,
+                    prior,
+                    labels,
+                    folded,
+                    logits.size(1),
+                    logits.stride(0),
+                    prior.stride(0),
+                    folded.stride(0),
+                    FLOOR=floor_of(logits.dtype),
+                    HAS_PRIOR=prior_logits is not None,
+                    PRIOR_SUM=self.prior_sum,
+                    HAS_MIXTURE=self.shares is not None,
+                    A=policy_share,
+                    B=prior_share,
+                    **_launch(logits),
+                )
         return FoldedTile(logits, labels, prior_logits, token_weights, embeddings, folded, self.shares)
 
     def write_gradient(self, out: Tensor, target: TokenTarget, factor: Tensor, slope: tuple[float, float]) -> None:
@@ -267,32 +271,37 @@ class FoldingKernel:
         policy_share, prior_share = self.shares or (0.0, 0.0)
         if not len(logits):
             return
-        gradient.gradient_kernel[(len(logits),)](
-            out,
-            logits,
-            logits if prior is None else prior,
-            logits if added is None else added,
-            tile.labels,
-            tile.folded,
-            coefficients,
-            logits.size(1),
-            out.stride(0),
-            logits.stride(0),
-            0 if prior is None else prior.stride(0),
-            0 if added is None else added.stride(0),
-            tile.folded.stride(0),
-            coefficients.stride(0),
-            FLOOR=floor_of(logits.dtype),
-            HAS_PRIOR=prior is not None and prior_share > 0,
-            HAS_MIXTURE=self.shares is not None,
-            HAS_ADDED=added is not None,
-            A=policy_share,
-            B=prior_share,
-            SOFTCAP=softcap,
-            **_sizes(logits.size(1)),
-        )
+        with torch.cuda.device_of(logits):
+            gradient.gradient_kernel[(len(logits),)](
+                out,
+                logits,
+                logits if prior is None else prior,
+                logits if added is None else added,
+                tile.labels,
+                tile.folded,
+                coefficients,
+                logits.size(1),
+                out.stride(0),
+                logits.stride(0),
+                0 if prior is None else prior.stride(0),
+                0 if added is None else added.stride(0),
+                tile.folded.stride(0),
+                coefficients.stride(0),
+                FLOOR=floor_of(logits.dtype),
+                HAS_PRIOR=prior is not None and prior_share > 0,
+                HAS_MIXTURE=self.shares is not None,
+                HAS_ADDED=added is not None,
+                A=policy_share,
+                B=prior_share,
+                SOFTCAP=softcap,
+                **_launch(logits),
+            )
 
 
-def _sizes(vocabulary: int) -> dict[str, int]:
-    block = min(_BLOCK, triton.next_power_of_2(vocabulary))
-    return {"BLOCK": block, "num_warps": max(1, block // _COLUMNS_PER_WARP)}
+def _launch(logits: Tensor) -> dict[str, int | bool]:
+    size = logits.element_size()
+    block = min(_BLOCK * 4 // size, triton.next_power_of_2(logits.size(1)))
+    # All threads side by side along the lanes of a step, so that what a lane keeps is in the registers of one thread.
+    warps = block * size // (_BYTES_PER_THREAD * (64 if torch.version.hip else 32))
+    # Fused multiply-adds save instructions; from Triton 3.10 on they have to be asked for.
+    return {"BLOCK": max(fold.GROUP.value, block), "num_warps": max(1, warps), "enable_fp_fusion": True}

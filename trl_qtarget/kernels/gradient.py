@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .fold import MIXTURE_LOG_SUM, POLICY_LOG_SUM, POLICY_MAX, PRIOR_MAX
+from .fold import MIXTURE_LOG_SUM, POLICY_LOG_SUM, POLICY_MAX, PRIOR_MAX, exp
 
 
 # Rows of the coefficients, `[COEFFICIENTS, n]`.
@@ -14,6 +14,16 @@ COEFFICIENTS = 3
 
 
 @triton.jit
+def must_wait(step):
+    """Whether all threads of a program have to meet before one of them writes half as wide over what was read.
+
+    A step overwrites what was read in the step of half its number. So a meeting in step b is enough for the steps b to
+    2b + 1: only steps 0, 2, 6, 14, ... wait, and in the others loads and stores overlap.
+    """
+    return (step + 2) & (step + 1) == 0
+
+
+@triton.jit(do_not_specialize=["folded_stride", "coefficients_stride"], do_not_specialize_on_alignment=["labels_ptr"])
 def gradient_kernel(
     out_ptr,
     policy_ptr,
@@ -40,12 +50,11 @@ def gradient_kernel(
 ):
     """`out = c_p p + c_m softmax(A z + B t) + added + c_y δ(y)`, times the slope of a soft-cap if there is one.
 
-    One program per row. `out` may be the memory of `policy` in a dtype of at most its width: what a step overwrites
-    was read in it or before it.
+    One program per row. `out` may be the memory of `policy`, in the same dtype or one of half its width.
     """
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
-    label = tl.load(labels_ptr + row)
+    label = tl.load(labels_ptr + row).to(tl.int32)
     folded = folded_ptr + row
     coefficients = coefficients_ptr + row
     z_max = tl.load(folded + POLICY_MAX * folded_stride)
@@ -63,20 +72,21 @@ def gradient_kernel(
         inside = columns < vocabulary
         z = tl.load(policy_ptr + row * policy_stride + columns, mask=inside, other=0.0)
         z = tl.where(z < FLOOR, FLOOR, z)
-        value = of_policy * tl.exp(z - z_max - z_log_sum)
+        value = of_policy * exp(z - z_max - z_log_sum)
         if HAS_MIXTURE:
             m = A * (z - z_max)
             if HAS_PRIOR:
                 t = tl.load(prior_ptr + row * prior_stride + columns, mask=inside, other=0.0)
                 t = tl.where(t < FLOOR, FLOOR, t)
                 m += B * (t - t_max)
-            value += of_mixture * tl.exp(m - m_log_sum)
+            value += of_mixture * exp(m - m_log_sum)
         if HAS_ADDED:
             value += tl.load(added_ptr + row * added_stride + columns, mask=inside, other=0.0)
         value = tl.where(columns == label, value + of_label, value)
         if SOFTCAP > 0:
             ratio = z / SOFTCAP
             value *= 1.0 - ratio * ratio  # the slope of softcap · tanh(x / softcap), from its result
-        # A narrower `out` overwrites what other threads of this program read in this very step.
-        tl.debug_barrier()
+        if out_ptr.dtype.element_ty != policy_ptr.dtype.element_ty:
+            if must_wait(start // BLOCK):
+                tl.debug_barrier()
         tl.store(out_ptr + row * out_stride + columns, value.to(out_ptr.dtype.element_ty), mask=inside)
