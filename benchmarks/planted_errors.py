@@ -115,6 +115,18 @@ def judge(order: list[int], planted: set[int]) -> dict[str, float]:
     }
 
 
+def table(rows: list[dict[str, str]]) -> str:
+    """Precision of every ranking in Markdown, a column for each kind of error and stage."""
+    columns = list(dict.fromkeys((row["kind"], row["stage"]) for row in rows))
+    found = {(row["ranking"], row["kind"], row["stage"]): float(row["precision"]) for row in rows}
+    heads = [f"{kind.replace('_', ' ')}, {stage.split()[0]}" for kind, stage in columns]
+    lines = [f"| ranking by | {' | '.join(heads)} |", "|---|" + "---:|" * len(columns)]
+    for ranking in dict.fromkeys(row["ranking"] for row in rows):
+        cells = " | ".join(f"{found[ranking, *column]:.2f}" for column in columns)
+        lines.append(f"| {ranking} | {cells} |")
+    return "\n".join(lines)
+
+
 # --- the models ---
 
 
@@ -178,6 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import itertools
 
 from demo_task import task_problems
 
-from benchmarks.planted_errors import KINDS, judge, plant
+from benchmarks.common import RESULTS, read_results
+from benchmarks.planted_errors import KINDS, judge, plant, table
 
 
 PROBLEMS, _ = task_problems("chain_sum", {}, 60, 8, 0)
@@ -52,3 +53,8 @@ def test_judging_a_ranking():
     assert judge([3, 2, 0, 1], {2, 3}) == {"precision": 1.0, "recall_twice": 1.0, "average_precision": 1.0}
     assert judge([0, 1, 2, 3], {2, 3})["average_precision"] == pytest.approx((1 / 3 + 2 / 4) / 2)
     assert judge([0, 1, 2, 3, 4], {4}) == {"precision": 0.0, "recall_twice": 0.0, "average_precision": 0.2}
+
+
+def test_documentation_holds_the_measured_table():
+    page = Path(__file__).parents[1] / "docs" / "howto" / "inspect.md"
+    assert table(read_results(RESULTS / "planted_errors.csv")) in page.read_text(encoding="utf-8")
