@@ -153,6 +153,11 @@ class Tested:
         """The settings in which a baseline has been tested."""
         return [setting for setting in self.study.settings if self.row(setting, baseline)]
 
+    def untested(self, setting: Setting) -> list[str]:
+        """Names of the methods that a setting takes and that have not been tested in it with all seeds."""
+        takes = [cell.method.name for cell in self._cells if cell.setting == setting]
+        return [name for name in takes if self.row(setting, name) is None]
+
     def rate_curves(self, method: str) -> list[dict[float, float]]:
         """For each setting, the best score in tuning at every learning rate that was tried."""
         return [self._rate_curve(cell) for cell in self._cells if cell.method.name == method]

@@ -16,7 +16,7 @@ TEMPLATE = HERE / "page.template.md"
 # The page of a rerun: all tables, without the words that were written about other results.
 PLAIN = """# Comparison of methods
 
-{{facts}}
+{{facts}} {{coverage}}
 
 Differences are in percentage points, paired by prompt, ± one standard error; bold beyond two. † the best learning rate
 or knob lies on an edge of what was tried.
@@ -75,6 +75,7 @@ def _fill(mark: str, tested: Tested, directory: Path) -> str:
         return tables.setting_table(next(s for s in tested.study.settings if s.name == options[0]), tested)
     makers = {
         "facts": facts,
+        "coverage": coverage,
         "models": tables.models_table,
         "wins": tables.wins_table,
         "differences": tables.difference_table,
@@ -99,6 +100,18 @@ def facts(tested: Tested) -> str:
     return (
         f"{len(store.results)} runs, {hours:.1f} hours of one core each ({machines}), {dates[0]} to {dates[-1]}; "
         f"{versions}."
+    )
+
+
+def coverage(tested: Tested) -> str:
+    """Whether all settings are measured, and which are not."""
+    settings = tested.study.settings
+    missing = [f"`{setting.name}`" for setting in settings if tested.untested(setting)]
+    if not missing:
+        return f"All {len(settings)} settings are measured."
+    return (
+        f"**Not complete yet:** of {len(settings)} settings, {len(missing)} are still to be measured, in whole or in "
+        f"part: {', '.join(missing)}. `make comparison` goes on with them."
     )
 
 

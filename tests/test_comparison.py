@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launch import end, finish, start
 
-from method_comparison import settings
+from method_comparison import page, settings
+from method_comparison.__main__ import COMMITTED
 from method_comparison.analysis import AT_BEST, AT_ONE, GREEDY, Row, Tested, difference
 from method_comparison.demonstrations import WORDINGS, demonstrations
 from method_comparison.runs import TEST, TUNE, Run, base_run, check, make_run, score
@@ -325,6 +326,21 @@ def test_trainings_that_settings_share_are_compared_once():
     assert tested.compared("sft", "sft") == tested.compared("gem", "sft") == []
 
 
+@pytest.mark.skipif(not COMMITTED.is_dir(), reason="no results are committed")
+def test_committed_page_says_what_the_committed_results_say(tmp_path):
+    study = settings.load()
+    made = page.write(study, Store(COMMITTED, study, writable=False), tmp_path, page.TEMPLATE)
+    assert made.read_text(encoding="utf-8") == (settings.HERE / "README.md").read_text(encoding="utf-8")
+    figures = re.findall(r"\((figures/.+?)\)", made.read_text(encoding="utf-8"))
+    assert figures and all((settings.HERE / figure).is_file() for figure in figures)
+
+
+def test_page_says_which_settings_are_missing():
+    study = settings.load()
+    tested = Tested(study, {})
+    assert "of 14 settings, 14 are still to be measured" in page.coverage(tested)
+
+
 def test_tuning_score_weighs_greedy_and_sampled_alike():
     study = settings.load()
     result = {"solved": {"0": [1, 0], "1": [4, 4]}, "others": {"gcd": [0.0, 0.0]}}
@@ -361,10 +377,10 @@ def test_quick_study_runs_and_goes_on_after_it_was_killed(tmp_path):
     lines = [json.loads(line)["key"] for name in ("tuning", "test") for line in _lines(results / f"{name}.jsonl")]
     assert len(lines) == len(set(lines)) == len(store.results)
     assert not list(pending(study, store))
-    page = (results / "README.md").read_text()
+    written = (results / "README.md").read_text()
     for method in study.methods:
-        assert f"| `{method.name}` |" in page
-    for figure in re.findall(r"\((figures/.+?)\)", page):
+        assert f"| `{method.name}` |" in written
+    for figure in re.findall(r"\((figures/.+?)\)", written):
         assert (results / figure).stat().st_size > 10_000
     # Every prompt has a count within its samples, from every run.
     for result in store.results.values():
