@@ -43,7 +43,7 @@ PARTS = {
         "sweep",
         3,
         cuda="--repeats 3",
-        cpu="--repeats 2",
+        cpu="--repeats 2 --providers qtarget/dft qtarget/target_sft",  # TRL's take three times as long there
         quick="--base 256x32x1024 --N 256 512 --V 1024 2048 --H 32 64 --dtypes --modes frozen --repeats 1"
         " --providers qtarget/dft",
     ),

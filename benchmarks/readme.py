@@ -49,7 +49,7 @@ def _of_device(results: dict[str, list[Row]]) -> list[str]:
     """Paragraphs and table of one machine, which the first names; what was not measured is not spoken of."""
     if "head" not in results:
         return []
-    writers = {"head": _head, "memory": _memory, "sweep": _sweep, "step": _step}
+    writers = {"head": _head, "memory": _memory, "sweep": _sweep, "step": _step, "statistics": _statistics}
     parts = [part for name, write in writers.items() for part in write(results.get(name, []))]
     if results["head"][0]["device"] == "cpu":
         parts.append(
@@ -207,6 +207,15 @@ def _step(rows: list[Row]) -> list[str]:
         return []
     start = f"Whole training steps of a model of {sizes}, {rows[0]['N']} tokens, medians of {_repeats(rows)}: "
     return [f"{start}{'; '.join(sentences)}."]
+
+
+def _statistics(rows: list[Row]) -> list[str]:
+    """What the logged statistics cost a step, in percent of it without them."""
+    costs = sorted(100 * (float(row["floor_ratio"]) - 1) for row in rows if row["floor_ratio"])
+    if not costs:
+        return []
+    cost = " to ".join(dict.fromkeys(f"{cost:.1f}" for cost in (costs[0], costs[-1])))
+    return [f"What is logged beside the loss takes at most {cost}% of such a step."]
 
 
 def _ratios(rows: Sequence[Row], name: str, modes: Iterable[str]) -> str:

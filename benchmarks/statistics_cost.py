@@ -1,6 +1,8 @@
-"""What the logged statistics cost a training step: the same trainer with and without them, step by step in turns.
+"""What the logged statistics cost a training step: the time that is spent in them, beside that of the whole step.
 
-Without them the loss computes no more than its value and gradient, and nothing is gathered or summed for the log.
+Timed within the step, and not by the difference of steps with and without them: steps differ from each other by more
+than that. The loss's own value, which a step needs anyway, is counted once too often, and so is what the gradient
+would compute if the statistics had not; so the cost is an upper bound.
 
     python -m benchmarks.statistics_cost
     python -m benchmarks.statistics_cost --model tiny --batch 2 --tokens 16 --repeats 4 --output /tmp/statistics.csv
@@ -9,8 +11,11 @@ Without them the loss computes no more than its value and gradient, and nothing 
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from datasets import disable_progress_bars
 from transformers import TrainerCallback
 
@@ -20,39 +25,67 @@ from trl_qtarget.chunks import Batch
 from .budget import Budget
 from .common import base_parser, finish_arguments, summary, write_results
 from .models import MODELS
-from .step import StepTimer, build
+from .step import build
 
 
 CASES = (("full", "qtarget/dft"), ("lora", "qtarget/dft"), ("lora", "qtarget/target_sft"))
 
 
-def _only_the_loss(self: Batch, found: dict[str, Any], block: slice, target: Any) -> None:
-    found["token_loss"][block] = self.objective.value(target)
+class Watch(TrainerCallback):
+    """Seconds that every step spends in the statistics; on CUDA those between events, so that nothing waits."""
 
+    def __init__(self, cuda: bool):
+        self.cuda, self.times = cuda, []
+        self._spans: list[Any] = []
+        self._whole = (Batch._record, QTargetSFTTrainer._record)
 
-class Turns(TrainerCallback):
-    """Switches the statistics off in every other step."""
+    @contextmanager
+    def _span(self) -> Iterator[None]:
+        if self.cuda:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._spans.append((begin, end))
+        else:
+            begin = time.perf_counter()
+            yield
+            self._spans.append(time.perf_counter() - begin)
 
-    def __init__(self):
-        self.whole = (Batch._record, QTargetSFTTrainer._record)
+    def on_train_begin(self, args, state, control, **kwargs):
+        of_batch, of_trainer = self._whole
+
+        def record_batch(batch: Batch, found: dict[str, Any], block: slice, target: Any) -> None:
+            found["token_loss"][block] = batch.objective.value(target)  # what a step needs without statistics too
+            with self._span():
+                of_batch(batch, found, block, target)
+
+        def record_step(trainer: QTargetSFTTrainer, *arguments: Any) -> None:
+            with self._span():
+                of_trainer(trainer, *arguments)
+
+        Batch._record, QTargetSFTTrainer._record = record_batch, record_step
 
     def on_step_begin(self, args, state, control, **kwargs):
-        bare = state.global_step % 2 == 1
-        Batch._record = _only_the_loss if bare else self.whole[0]
-        QTargetSFTTrainer._record = (lambda *arguments: None) if bare else self.whole[1]
+        self._spans.clear()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """After the timer's, which waits for the device."""
+        spans = [begin.elapsed_time(end) / 1e3 for begin, end in self._spans] if self.cuda else self._spans
+        self.times.append(sum(spans))
 
     def on_train_end(self, args, state, control, **kwargs):
-        Batch._record, QTargetSFTTrainer._record = self.whole
+        Batch._record, QTargetSFTTrainer._record = self._whole
 
 
 class Limit(TrainerCallback):
-    """Ends a training after so many seconds, but not before every kind of step has counted once."""
+    """Ends a training after so many seconds, but not before a step has counted."""
 
     def __init__(self, seconds: float):
         self.end = time.perf_counter() + seconds
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= 4 and state.global_step % 2 == 0 and time.perf_counter() > self.end:
+        if state.global_step >= 2 and time.perf_counter() > self.end:
             control.should_training_stop = True
 
 
@@ -64,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=256, help="tokens per sequence")
     arguments = finish_arguments(parser.parse_args(argv), "statistics")
     arguments.gradient_checkpointing = False
-    arguments.steps = 2 * (arguments.repeats + 1)
+    arguments.steps = arguments.repeats + 1
     disable_progress_bars()
     sizes = MODELS[arguments.model]
     budget = Budget(arguments.budget, len(CASES))
@@ -74,22 +107,18 @@ def main(argv: list[str] | None = None) -> None:
             continue
         with tempfile.TemporaryDirectory() as directory:
             trainer, timer = build(name, mode, directory, arguments)
-            # Before the timer's own callback, so that the switch is not timed.
-            trainer.pop_callback(StepTimer)
-            trainer.add_callback(Turns())
-            trainer.add_callback(timer)
+            watch = Watch(arguments.device == "cuda")
+            trainer.add_callback(watch)
             trainer.add_callback(Limit(limit))
             trainer.train()
-        times = timer.times[2:]  # the first of each kind finds cold caches
-        with_them, without = times[0::2], times[1::2]
-        # Each step beside its neighbour, which met the same spell of the machine.
-        cost = statistics.median(one / other for one, other in zip(with_them, without, strict=True))
-        print(f"{mode} {name}: {cost:.3f} of the step without statistics, {len(without)} pairs")
+        times, spent = timer.times[1:], watch.times[1:]  # the first finds cold caches
+        cost = statistics.median(step / (step - part) for step, part in zip(times, spent, strict=True))
+        print(f"{mode} {name}: {cost:.4f} of the step without statistics, {len(times)} steps")
         fixed = {"benchmark": "statistics", "mode": mode, "N": arguments.batch * arguments.tokens, "metric": "seconds"}
         fixed |= {"H": sizes["hidden_size"], "V": sizes["vocab_size"], "dtype": arguments.dtype}
         rows = [
-            {**fixed, "provider": name, **summary(with_them), "floor_ratio": cost},
-            {**fixed, "provider": f"{name} without statistics", **summary(without)},
+            {**fixed, "provider": name, **summary(times), "floor_ratio": cost},
+            {**fixed, "provider": f"{name}, in its statistics", **summary(spent)},
         ]
         write_results(arguments.output, rows, arguments.device)
     print(f"Results are in {arguments.output}.")

@@ -58,7 +58,7 @@ def test_cost_of_statistics_is_measured_and_leaves_the_trainer_whole(tmp_path):
     rows = rows_of(output)
     for mode, name in statistics_cost.CASES:
         assert float(rows[name, mode]["floor_ratio"]) > 0
-        assert (f"{name} without statistics", mode) in rows
+        assert (f"{name}, in its statistics", mode) in rows
 
 
 def test_peers_of_one_objective_agree(monkeypatch):
