@@ -45,6 +45,7 @@ def inspection_data(
         "methods": [
             {
                 "name": name,
+                "title": name,
                 "formula": FORMULAS[name],
                 "knobs": {"target_sft": {"eta": 0.5}, "gem": {"beta": 0.7}}.get(name, {}),
                 "prior": "the base model" if prior and name == "target_sft" else None,
@@ -66,7 +67,7 @@ def _example(draw, number, words, scored, methods, alternatives, has_prior) -> d
     ids = [position % len(words) for position in range(scored.stop)]
     example = {"name": str(number), "tokens": ids, "scored": list(scored), "prior": [] if has_prior else None}
     example |= {name: [] for name in ("nll", "entropy", "alternatives", "p")}
-    columns = ("trust", "scale", "kl", "label_mass", "drift", "q", "suspicion")
+    columns = ("trust", "scale", "kl", "label_mass", "drift", "q", "suspicion", "preferred")
     example["methods"] = [{name: [] for name in columns} for _ in methods]
     for position in scored:
         label = ids[position]
@@ -92,7 +93,8 @@ def _example(draw, number, words, scored, methods, alternatives, has_prior) -> d
             columns["label_mass"].append(_short(q[0]))
             columns["drift"].append(_short(sum(x * (y - x) for x, y in zip(p, q, strict=True))))
             columns["q"].append([_short(q[k]) for k in shown])
-            rival = max(q[1:])
+            rival, preferred = max(zip(q[1:], others, strict=True))
+            columns["preferred"].append(preferred)
             columns["suspicion"].append(_short(max(0.0, math.log(rival / q[0])) if min(rival, q[0]) > 0 else 0.0))
     return example
 

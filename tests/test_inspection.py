@@ -53,6 +53,8 @@ def _dense(data, model, ref_model, config, token_weights=None):
 @pytest.mark.parametrize("reference", [False, True], ids=["alone", "reference"])
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "cft"])
 def test_numbers_are_those_of_build_target(method, reference):
+    if METHODS[method].prior == "model" and not reference:
+        pytest.skip("a teacher has to be given")
     model, ref_model = warm_model(), warm_model(steps=30) if reference else None
     data = _inspect([method], model=model, ref_model=ref_model)
     assert len(data["examples"]) == len(PROMPTS)
@@ -82,6 +84,9 @@ def test_numbers_are_those_of_build_target(method, reference):
         expected = torch.where(prefers, rival.clamp(min=1e-30).log() - mass.clamp(min=1e-30).log(), 0.0)
         suspicion = torch.tensor(found["suspicion"])
         torch.testing.assert_close(suspicion[mass > 1e-30], expected[mass > 1e-30], rtol=1e-3, atol=1e-4)
+        preferred = q.gather(1, torch.tensor(found["preferred"])[:, None])[:, 0]
+        torch.testing.assert_close(preferred, q.scatter(1, labels[:, None], -math.inf).amax(1), **TOLERANCE)
+        assert all(one != other for one, other in zip(found["preferred"], labels.tolist(), strict=True))
 
 
 def test_drift_is_what_a_step_takes_from_the_others():
@@ -175,6 +180,8 @@ def test_the_model_is_left_as_it_was():
         (["dft"], {"dataset": Dataset.from_dict({"text": []})}, "`dataset` is empty"),
         (["dft"], {"alternatives": 1}, "`alternatives=1` must be at least 2"),
         (["dtf"], {}, "`method='dtf'` is unknown"),
+        (["sft", "distill"], {}, "needs a teacher: pass `ref_model`"),
+        (["cft", QTargetConfig("cft", token_weight_column="other")], {}, "different columns"),
     ],
 )
 def test_mistakes_are_refused(methods, arguments, message):

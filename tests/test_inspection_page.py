@@ -45,7 +45,13 @@ def hostile_data():
     data["versions"] = {"<b>": HOSTILE[0]}
     for method in data["methods"]:
         method["name"] += HOSTILE[1]
-        method |= {"formula": HOSTILE[0], "knobs": {HOSTILE[1]: HOSTILE[2]}, "prior": HOSTILE[3], "arxiv": HOSTILE[0]}
+        method |= {
+            "title": method["name"],
+            "formula": HOSTILE[0],
+            "knobs": {HOSTILE[1]: HOSTILE[2]},
+            "prior": HOSTILE[3],
+            "arxiv": HOSTILE[0],
+        }
     data["examples"][0]["name"] = HOSTILE[0]
     return data
 
@@ -216,6 +222,11 @@ def shown(x):
     return f"−{text}" if x < 0 else text
 
 
+def seen(word):
+    """A word of the test's own text as the page shows it."""
+    return word.translate({ord(" "): "·", ord("\n"): "↵", ord("\t"): "→"})
+
+
 def row_of(page, name):
     return page.locator(f"#panel tr[data-row={name}] td").all_inner_texts()
 
@@ -231,6 +242,9 @@ def check_panel(page, data, e, j):
         assert numbers[3] == shown(example["prior"][j][0])
     for name in ("trust", "scale", "label_mass", "kl", "suspicion"):
         assert row_of(page, name) == [shown(method[name][j]) for method in example["methods"]]
+    for method, cell in zip(example["methods"], row_of(page, "preferred"), strict=True):
+        word = data["vocabulary"][str(method["preferred"][j])]
+        assert cell == (seen(word) if method["suspicion"][j] else "the label")
     for k, p in enumerate(example["p"][j]):
         cells = [method["q"][j][k] for method in example["methods"]]
         assert row_of(page, f"q{k}") == [shown(q) for q in cells]
@@ -252,6 +266,11 @@ def labels(page, e):
     return page.locator("#texts article").nth(e).locator(".t")
 
 
+def focused(page):
+    """Numbers of the example and the label that have the focus."""
+    return page.evaluate("[document.activeElement.place?.e, document.activeElement.place?.j]")
+
+
 def test_token_is_chosen_by_mouse(opened):
     data = inspection_data(2, 40, methods=("dft", "gem", "target_sft"))
     assert min(q for row in data["examples"][1]["methods"][1]["q"] for q in row) < 0  # a signed target is among them
@@ -265,6 +284,9 @@ def test_token_is_chosen_by_mouse(opened):
     check_panel(page, data, 0, 4)
     page.get_by_role("button", name="Close").click()
     assert page.locator("#panel table").count() == 0
+    assert focused(page) == [0, 4]
+    stops = page.locator("#texts article").nth(0).locator("[tabindex='0']")
+    assert stops.evaluate_all("all => all.map((t) => t.place.j)") == [4]  # a later Tab comes back to it
 
 
 def test_token_is_chosen_by_keyboard(opened):
@@ -280,9 +302,9 @@ def test_token_is_chosen_by_keyboard(opened):
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowLeft")
     assert page.locator("#panel table").count() == 0  # moving alone opens nothing
-    page.keyboard.press("Enter")
+    page.keyboard.press("Space")
     check_panel(page, data, 0, 1)
-    assert "trust" in page.evaluate("document.activeElement.getAttribute('aria-label')")
+    assert focused(page) == [0, 1]
     page.keyboard.press("End")  # an open panel follows
     check_panel(page, data, 0, 29)
     page.keyboard.press("ArrowRight")
@@ -297,6 +319,87 @@ def test_token_is_chosen_by_keyboard(opened):
     page.keyboard.press(" ")
     assert page.locator("#panel table").count() == 1
     assert page.locator("#texts [tabindex='0']").count() == 2
+
+
+def test_enter_goes_to_the_panel_and_escape_returns(opened):
+    data = inspection_data(2, 40)
+    page = opened(data)
+    labels(page, 0).nth(29).focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "panel"
+    check_panel(page, data, 0, 29)
+    page.keyboard.press("ArrowRight")  # the arrows still move the choice, into the next example too
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowLeft")
+    check_panel(page, data, 1, 0)
+    assert page.evaluate("document.activeElement.id") == "panel"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "previous"
+    page.keyboard.press("Escape")
+    assert page.locator("#panel table").count() == 0
+    assert focused(page) == [1, 0]
+    page.keyboard.press("Escape")  # nothing is left to close
+    assert focused(page) == [1, 0]
+    page.keyboard.press("Enter")
+    for _ in range(3):
+        page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "close"
+    page.keyboard.press("Enter")
+    assert focused(page) == [1, 0]
+
+
+def spoken_labels(page, e):
+    return labels(page, e).evaluate_all("all => all.map((t) => t.getAttribute('aria-label'))")
+
+
+def test_every_token_says_its_trust(opened):
+    data = inspection_data(2, 60)
+    data["examples"][1]["methods"][2]["trust"][4] = None
+    page = opened(data)
+    for m in (0, 2, 1):
+        page.locator("#methods label").nth(m).click()
+        for e, example in enumerate(data["examples"]):
+            words = [seen(data["vocabulary"][str(row[0])]) for row in example["alternatives"]]
+            trusts = [shown(x) for x in example["methods"][m]["trust"]]
+            wanted = [f"{word}, trust {trust}" for word, trust in zip(words, trusts, strict=True)]
+            assert spoken_labels(page, e) == wanted
+
+
+def in_sight(page, e, j):
+    """Whether a label stands below the bar, and above the panel where that is a sheet."""
+    token, bar = labels(page, e).nth(j).bounding_box(), page.locator(".bar").bounding_box()
+    sheet = page.locator("#panel").evaluate("panel => getComputedStyle(panel).position") == "fixed"
+    end = page.locator("#panel").bounding_box()["y"] if sheet else page.viewport_size["height"]
+    return token["y"] >= bar["y"] + bar["height"] - 1 and token["y"] + token["height"] <= end + 1
+
+
+@pytest.mark.parametrize("phone", [False, True])
+def test_chosen_token_is_scrolled_into_sight(opened, phone):
+    data = inspection_data(3, 500, methods=("sft", "dft", "gem", "target_sft"))
+    size = {"width": 360, "height": 740} if phone else {"width": 1280, "height": 600}
+    page = opened(data, viewport=size, is_mobile=phone, has_touch=phone)
+    last = len(data["examples"][0]["scored"]) - 1
+    labels(page, 0).nth(last - 1).click()
+    until_still(page)
+    assert in_sight(page, 0, last - 1)
+    step, back = (page.get_by_role("button", name=name) for name in ("Next label", "Previous label"))
+    for at in ((0, last), (1, 0), *((1, j) for j in range(1, 60))):
+        step.click()
+        assert in_sight(page, *at)
+    # Wherever the page has been scrolled meanwhile.
+    for place in (0, 10**6):
+        page.evaluate(f"scrollTo(0, {place})")
+        back.click()
+        step.click()
+        assert in_sight(page, 1, 59)
+    labels(page, 1).nth(59).focus()
+    for _ in range(8):
+        page.keyboard.press("ArrowDown")
+        assert in_sight(page, *focused(page))
+    for _ in range(24):
+        page.keyboard.press("ArrowUp")
+        assert in_sight(page, *focused(page))
+    assert focused(page)[0] == 0
 
 
 def test_methods_are_switched(opened):
@@ -317,13 +420,28 @@ def test_methods_are_switched(opened):
 
 def test_trust_above_one_and_equal_names(opened):
     data = inspection_data(1, 20, methods=("dft", "dft"))
-    data["methods"][0]["knobs"], data["methods"][1]["knobs"] = {"alpha": 0.5}, {"alpha": 2}
+    data["methods"][0]["title"], data["methods"][1]["title"] = "dft alpha=0.5", "dft alpha=2"
     data["examples"][0]["methods"][0]["trust"][:2] = [4.0, 2.0]
     page = opened(data)
     assert page.locator("#legend").inner_text().split()[-1] == "4"
     assert labels(page, 0).first.get_attribute("class") == "t g10"
     assert labels(page, 0).nth(1).get_attribute("class") == "t g5"
     assert page.locator("#methods label").all_inner_texts() == ["dft alpha=0.5", "dft alpha=2"]
+    for m, name in enumerate(("dft_alpha_0.5", "dft_alpha_2")):
+        page.locator("#methods label").nth(m).click()
+        found, rows = exported(page)
+        assert found == f"suspicious-labels-{name}.jsonl"
+        assert rows == suspicious_tokens(data, m)
+        assert {row["method"] for row in rows} == {data["methods"][m]["title"]}
+
+
+def exported(page):
+    """The name of the file that the button gives, and its rows."""
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export as JSONL").click()
+    lines = download.value.path().read_text(encoding="utf-8").split("\n")
+    assert lines.pop() == ""
+    return download.value.suggested_filename, [json.loads(line) for line in lines]
 
 
 def column(page, table, number):
@@ -345,11 +463,14 @@ def test_suspicious_labels_are_sorted_shown_and_exported(opened, prior):
     assert len(column(page, "suspicious-tokens", 1)) == len(wanted) == 272
     assert page.get_by_role("button", name="more of").count() == 0
 
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Export as JSONL").click()
-    assert download.value.suggested_filename == "suspicious-labels-dft.jsonl"
-    lines = download.value.path().read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == wanted
+    assert column(page, "suspicious-tokens", 8) == [
+        seen(row["preferred"]) if row["suspicion"] else "–" for row in wanted
+    ]
+
+    name, rows = exported(page)
+    assert name == "suspicious-labels-dft.jsonl"
+    assert rows == wanted
+    assert [list(row) for row in rows] == [list(row) for row in wanted]  # in the same order
 
     heads = page.locator("#suspicious-tokens th")
     nll = sorted(x for example in data["examples"] for x in example["nll"])
@@ -366,6 +487,31 @@ def test_suspicious_labels_are_sorted_shown_and_exported(opened, prior):
     box = labels(page, e).nth(j).bounding_box()
     assert 0 < box["y"] < 900
     assert page.evaluate("document.activeElement.hasAttribute('aria-current')")
+
+
+def test_preferred_is_the_targets_own_choice(opened):
+    data = inspection_data(1, 24, methods=("dft", "target_sft"), alternatives=3)
+    first, second = data["examples"][0]["methods"]
+    # Neither the policy's nor the prior's favourite, nor even among the alternatives; and each method has its own.
+    absent = [id for id in map(int, data["vocabulary"]) if id not in data["examples"][0]["alternatives"][4]]
+    (first["preferred"][4], second["preferred"][4]), first["suspicion"][4], second["suspicion"][4] = absent[:2], 99, 98
+    words = [data["vocabulary"][str(id)] for id in absent[:2]]
+    assert words[0] != words[1]
+    page = opened(data)
+    labels(page, 0).nth(4).click()
+    assert row_of(page, "preferred") == [seen(word) for word in words]
+    assert "favourite" not in page.locator("body").inner_text()
+    for m in range(2):
+        page.locator("#methods label").nth(m).click()
+        assert column(page, "suspicious-tokens", 8)[0] == seen(words[m])
+        assert exported(page)[1][0]["preferred"] == words[m]
+    head = page.locator("#suspicious-tokens th").nth(7)
+    assert head.inner_text().startswith("preferred")
+    head.get_by_role("button").click()
+    assert head.get_attribute("aria-sort") == "ascending"
+    found = column(page, "suspicious-tokens", 8)
+    none = found.count("–")
+    assert 0 < none < len(found) and set(found[-none:]) == {"–"}
 
 
 def test_missing_values_stay_last(opened):
@@ -388,12 +534,10 @@ def test_hostile_texts_do_nothing(opened):
     assert page.locator("img").count() == 0
     assert page.locator("script").count() == 2
     assert page.title().startswith("</title>")
-    with page.expect_download() as download:
-        page.get_by_role("button", name="Export as JSONL").click()
-    lines = download.value.path().read_text(encoding="utf-8").split("\n")[:-1]
-    assert len(lines) == sum(len(example["scored"]) for example in data["examples"])
-    assert {json.loads(line)["token"] for line in lines} == set(json.loads(json.dumps(HOSTILE)))
-    assert re.fullmatch(r"[\w.-]+", download.value.suggested_filename)
+    name, rows = exported(page)
+    assert len(rows) == sum(len(example["scored"]) for example in data["examples"])
+    assert {row["token"] for row in rows} == set(json.loads(json.dumps(HOSTILE)))
+    assert re.fullmatch(r"[\w.-]+", name)
 
 
 def test_policy_is_in_force(browser, tmp_path):
@@ -511,6 +655,22 @@ def test_shading_is_readable_and_ordered(opened, scheme):
     distances = [abs(levels[f"t g{level}"][0] - paper) for level in range(11)]
     assert distances[0] > distances[5] > distances[10]
     assert page.locator("#panel").evaluate("panel => getComputedStyle(panel).transitionDuration") == "0s"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_shading_survives_forced_colours_and_print(opened, scheme):
+    page = opened(inspection_data(1, 400, methods=("dft",)), color_scheme=scheme)
+    ramp = page.locator("#legend .ramp span")
+    assert ramp.count() == 11
+    plain = labels(page, 0).evaluate_all(READ), ramp.evaluate_all(READ)
+    assert len({str(back) for _, back, _ in plain[0]}) == 11
+    page.emulate_media(forced_colors="active", color_scheme=scheme)
+    # Colours are forced, and of everything else.
+    assert page.evaluate("matchMedia('(forced-colors: active)').matches")
+    assert (labels(page, 0).evaluate_all(READ), ramp.evaluate_all(READ)) == plain
+    page.emulate_media(forced_colors="none", media="print", color_scheme=scheme)
+    for shaded in (labels(page, 0), ramp):
+        assert set(shaded.evaluate_all("all => all.map((t) => getComputedStyle(t).printColorAdjust)")) == {"exact"}
 
 
 def test_charts_name_what_they_show(opened):

@@ -24,6 +24,14 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if is_peft_model(model) else model
 
 
+def virtual_tokens(model: nn.Module) -> int:
+    """How many positions PEFT's prompt learning puts before the text; prefix tuning puts none there."""
+    if not is_peft_model(model) or not model.active_peft_config.is_prompt_learning:
+        return 0
+    config = model.active_peft_config
+    return 0 if config.peft_type == "PREFIX_TUNING" else config.num_virtual_tokens
+
+
 def backbone_states(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """Final hidden states `[B, T, H]` by the backbone alone, past the wrapper's forward and its virtual tokens."""
     return base_model_of(model).base_model(**dict(inputs, use_cache=False)).last_hidden_state

@@ -1,5 +1,6 @@
 """Watch the target move: a page of the same examples every so many steps of a training."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,11 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from ..trainer import QTargetSFTTrainer
-from .collect import inspect_rows
+from .collect import inspect_rows, numbered
 from .render import write_page
+
+
+logger = logging.getLogger(__name__)
 
 
 class InspectionCallback(TrainerCallback):
@@ -32,12 +36,10 @@ class InspectionCallback(TrainerCallback):
     ):
         if every < 1:
             raise ValueError(f"`every={every}` must be at least 1 optimiser step.")
-        if len(dataset) == 0:
-            raise ValueError("`dataset` is empty: give it at least one example.")
         self.trainer, self.every = trainer, every
         self.directory = Path(directory or Path(trainer.args.output_dir) / "inspections")
         self.rows = trainer._prepare_dataset(
-            dataset, trainer.processing_class, trainer.args, False, None, "inspection"
+            numbered(dataset), trainer.processing_class, trainer.args, False, trainer._formatting_func, "inspection"
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -51,7 +53,9 @@ class InspectionCallback(TrainerCallback):
         trainer = self.trainer
         name = getattr(trainer.model.config, "_name_or_path", "")
         facts = {"title": f"Step {step}", "model": name, "dataset": ""}
-        data = inspect_rows(trainer, self.rows, [trainer.qtarget_config], facts)
-        if trainer.is_world_process_zero():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_page(data, self.directory / f"step-{step:06d}.html")
+        try:
+            data = inspect_rows(trainer, self.rows, [trainer.qtarget_config], facts)
+            if trainer.is_world_process_zero():
+                write_page(data, self.directory / f"step-{step:06d}.html")
+        except (ValueError, OSError) as error:  # a policy that gives NaN, a full disk: not worth a training
+            logger.warning(f"No inspection page of step {step}: {error}")

@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,22 +11,26 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel
 from trl import SFTConfig
 
 from ..config import QTargetConfig
 from ..head import Observed
 from ..methods import TokenTarget
-from ..priors import inference
+from ..priors import inference, virtual_tokens
 from ..trainer import QTargetSFTTrainer, sequences_of
+from .guest import load_policy, no_trace, precision
 from .summary import summarise
+from .words import vocabulary
 
 
 # What shows policy and prior without a method: its target is the prior itself, or the policy where there is none.
 _REFERENCE = QTargetConfig(method=None, trust="zero", residual="prior")
+# Column that names an example; without one, examples have the numbers that they come in.
+ROW_COLUMN = "inspected_row"
 _VERSIONS = ("trl-qtarget", "torch", "transformers", "trl")
 
 
@@ -39,6 +44,7 @@ def inspect_target(
     processing_class: Any = None,
     alternatives: int = 6,
     title: str = "What is it being taught?",
+    model_name: str = "",
     dataset_name: str = "",
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -47,8 +53,8 @@ def inspect_target(
     Examples are prepared as the trainer prepares them, so what is shown is what would be trained. Nothing is trained.
 
     Args:
-        model: the policy: a path, or a loaded model, perhaps with adapters.
-        dataset: the examples, in any format of TRL.
+        model: the policy: a path, or a loaded model, perhaps with adapters. It is left as it is.
+        dataset: the examples, in any format of TRL. They are named by their number, or by a column `ROW_COLUMN`.
         methods: `QTargetConfig`s, names of methods, or dicts of fields.
         ref_model: the prior of methods that use one: a path or a loaded model. None: the base under the adapters, if
             there are any; else the policy itself, as at the first step of a training.
@@ -56,7 +62,7 @@ def inspect_target(
             defaults with whole examples.
         processing_class: the tokenizer or processor; None loads the model's own.
         alternatives: tokens kept of each distribution: the label, then the policy's and the prior's favourites.
-        title, dataset_name: for the page.
+        title, model_name, dataset_name: for the page; a model is else named by its path.
         progress: whether to show a progress bar.
 
     Returns:
@@ -66,10 +72,15 @@ def inspect_target(
         ValueError: a method is wrong or named twice, there are no examples, or an argument is out of range.
     """
     configs = [QTargetConfig.coerce(method) for method in methods]
-    _check(configs, dataset, alternatives)
-    with tempfile.TemporaryDirectory() as scratch:
+    check_request(configs, alternatives)
+    dataset = numbered(dataset)
+    name = model_name or (model if isinstance(model, str) else getattr(model.config, "_name_or_path", ""))
+    with tempfile.TemporaryDirectory() as scratch, no_trace(model, ref_model):
+        if isinstance(model, str):
+            processing_class = processing_class or AutoProcessor.from_pretrained(model)
+            model = load_policy(model)
+        _check_priors(configs, ref_model is not None or is_peft_model(model))
         trainer = _trainer(model, dataset, configs, ref_model, args, processing_class, scratch)
-        name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
         facts = {"title": title, "model": name, "dataset": dataset_name}
         return inspect_rows(trainer, trainer.train_dataset, configs, facts, alternatives, progress)
 
@@ -92,16 +103,17 @@ def inspect_rows(
         alternatives, progress: as in `inspect_target`.
 
     Raises:
-        ValueError: no token is labelled.
+        ValueError: no token is labelled, or the policy gives NaN.
     """
     found, seen = [], set()
     bar = tqdm(rows, desc="Inspecting", unit="example", disable=not progress)
     with inference(trainer.model):
         for number, row in enumerate(bar):
-            example = _inspect(trainer, row, configs, alternatives)
+            example = _inspect(trainer, {name: row[name] for name in row if name != ROW_COLUMN}, configs, alternatives)
             if example is not None:
-                seen.update(example["tokens"], *example["alternatives"])
-                found.append({"name": str(number), **example})
+                preferred = (method["preferred"] for method in example["methods"])
+                seen.update(example["tokens"], *example["alternatives"], *preferred)
+                found.append({"name": str(row.get(ROW_COLUMN, number)), **example})
     if not found:
         raise ValueError("`dataset` has no labelled token: check its format, `max_length` and `completion_only_loss`.")
     reference = trainer._prior_description
@@ -110,22 +122,47 @@ def inspect_rows(
         "reference": reference,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
-        "vocabulary": _vocabulary(trainer.processing_class, seen),
-        "methods": [_describe(config, reference) for config in configs],
+        "vocabulary": vocabulary(trainer.processing_class, seen),
+        "methods": [
+            _describe(config, title, trainer) for config, title in zip(configs, _titles(configs), strict=True)
+        ],
         "examples": found,
         "summary": summarise(found, len(configs)),
     }
 
 
-def _check(configs: list[QTargetConfig], dataset: Dataset, alternatives: int) -> None:
+def check_request(configs: Sequence[QTargetConfig], alternatives: int) -> None:
+    """Raise unless there are targets to compare, each once, and enough alternatives to compare them by."""
     if not configs:
         raise ValueError("`methods` is empty: name at least one.")
     if any(config in configs[:number] for number, config in enumerate(configs)):
         raise ValueError("`methods` names one target twice: remove it, or give it other knobs.")
-    if len(dataset) == 0:
-        raise ValueError("`dataset` is empty: give it at least one example.")
+    columns = {config.token_weight_column for config in configs if config.uses_token_weights}
+    if len(columns) > 1:
+        raise ValueError("`methods` read weights from different columns: inspect them one at a time.")
     if alternatives < 2:
         raise ValueError(f"`alternatives={alternatives}` must be at least 2: the label and one other token.")
+
+
+def _check_priors(configs: Sequence[QTargetConfig], has_reference: bool) -> None:
+    for config in configs:
+        if config.objective(has_prior=True).uses_prior and config.prior_source == "model" and not has_reference:
+            raise ValueError(f"{config.label} needs a teacher: pass `ref_model`.")
+
+
+def numbered(dataset: Dataset | IterableDataset) -> Dataset:
+    """The examples with the number of each in a column, which stays with it when others are dropped.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if isinstance(dataset, IterableDataset):
+        dataset = Dataset.from_list(list(dataset))
+    if len(dataset) == 0:
+        raise ValueError("`dataset` is empty: give it at least one example.")
+    if ROW_COLUMN in dataset.column_names:
+        return dataset
+    return dataset.add_column(ROW_COLUMN, list(range(len(dataset))))
 
 
 def _trainer(
@@ -139,10 +176,21 @@ def _trainer(
 ) -> QTargetSFTTrainer:
     """A trainer that prepares the examples and holds the prior; its own target takes in whatever any method needs."""
     if args is None:
-        cuda = torch.cuda.is_available()
-        args = SFTConfig(scratch, max_length=None, report_to="none", use_cpu=not cuda, bf16=False)
-    else:
-        args = replace(args, packing=False, report_to="none")
+        args = SFTConfig(scratch, max_length=None, use_cpu=not torch.cuda.is_available(), **precision())
+    # Nothing is trained, evaluated, saved or pushed, whatever a recipe says.
+    args = replace(
+        args,
+        output_dir=scratch,
+        packing=False,
+        padding_free=False,
+        eval_strategy="no",
+        load_best_model_at_end=False,
+        push_to_hub=False,
+        report_to="none",
+    )
+    for name in ("gradient_checkpointing", "activation_checkpointing"):  # the older and the newer word for it
+        if hasattr(args, name):
+            setattr(args, name, False)
     weights = next((config for config in configs if config.uses_token_weights), None)
     has_reference = ref_model is not None or is_peft_model(model)
     target = QTargetConfig(
@@ -178,6 +226,8 @@ def _inspect(
     """The data of one example; None if no token of it is labelled."""
     inputs = trainer._prepare_inputs(trainer.data_collator([row]))
     tokens = inputs["input_ids"][0].tolist()
+    if "attention_mask" in inputs:
+        tokens = tokens[: int(inputs["attention_mask"][0].sum())]  # of `pad_to_multiple_of`
     if not (inputs["labels"][0, 1:] != -100).any():
         return None
     base = trainer._request(inputs)
@@ -194,11 +244,18 @@ def _inspect(
         by_method.append(found.values)
     objective, observer = _REFERENCE.objective(has_prior), partial(_note_policy, first, has_prior)
     model = trainer.model_wrapped if trainer.is_in_train else trainer.model
-    # Without gradients none is computed, and the loss itself is thrown away.
-    model(**inputs, qtarget=replace(base, objective=objective, observer=observer, observed=observed))
+    # Without gradients none is computed, and the loss itself is thrown away. In the precision of a training.
+    with trainer.accelerator.autocast():
+        model(**inputs, qtarget=replace(base, objective=objective, observer=observer, observed=observed))
+    if any(math.isnan(value) for value in first.values["nll"]):
+        raise ValueError("`model` gives NaN: there is nothing to show of it.")
+    # A position predicts the next token; virtual tokens stand before the text.
+    scored = [position + 1 - virtual_tokens(trainer.model) for position in first.positions]
+    if any(tokens[place] != ids[0] for place, ids in zip(scored, first.values["ids"], strict=True)):
+        raise RuntimeError("The labels are not the tokens that follow them: this collator shifts them in its own way.")
     return {
         "tokens": tokens,
-        "scored": [position + 1 for position in first.positions],  # a position predicts the next token
+        "scored": scored,
         "nll": first.values["nll"],
         "entropy": first.values["entropy"],
         "alternatives": first.values["ids"],
@@ -249,7 +306,7 @@ def _note_target(found: _Tokens, first: _Tokens, positions: Tensor, target: Toke
     trust, policy = target.trust[:, None], target.tile.policy.probs
     probs = target.positive.probs - trust * target.negative.probs
     probs = probs.scatter_add(1, labels, trust)
-    suspicion = _suspicion(probs, labels)
+    suspicion, preferred = _suspicion(probs, labels)
     # Of a step on the logits, Σ p (Q - p) s is what every token's probability gives to the others.
     drift = target.scale * torch.linalg.vecdot(policy, probs - policy)
     found.add(
@@ -257,45 +314,57 @@ def _note_target(found: _Tokens, first: _Tokens, positions: Tensor, target: Toke
         scale=_rounded(target.scale),
         label_mass=_rounded(target.label_mass),
         suspicion=_rounded(suspicion),
+        preferred=preferred,
         kl=[None if value != value else value for value in _rounded(target.kl)],
         drift=_rounded(drift),
         q=_rounded(probs.gather(1, chosen)),
     )
 
 
-def _suspicion(target: Tensor, labels: Tensor) -> Tensor:
-    """By how many nats the `target[n, V]` prefers another token to the label: `log max Q(v)/Q(y)`, at least 0.
+def _suspicion(target: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """By how many nats the `target[n, V]` prefers another token to the label, `log max Q(v)/Q(y)`, and which one.
 
-    It is large where the label is distrusted and the residual is sure of another token. Unlike `1 - γ` it tells an
-    unlikely label from an impossible one. Where Q is negative, as in `gem`, nothing is preferred.
+    At least 0, and large where the label is distrusted and the residual is sure of another token. Unlike `1 - γ` it
+    tells an unlikely label from an impossible one. Where Q is negative, as in `gem`, nothing is preferred.
     """
     smallest = torch.finfo(target.dtype).tiny
-    rival = target.scatter(1, labels, 0.0).amax(1).clamp(min=smallest)
+    rival, preferred = target.scatter(1, labels, -math.inf).max(1)
     label = target.gather(1, labels).squeeze(1).clamp(min=smallest)
-    return (rival.log() - label.log()).clamp(min=0.0)
+    return (rival.clamp(min=smallest).log() - label.log()).clamp(min=0.0), preferred
 
 
 # --- words ---
 
 
-def _describe(config: QTargetConfig, reference: str | None) -> dict[str, Any]:
-    row = config.row
+def _name(config: QTargetConfig) -> str:
+    return config.method or f"{config.trust} + {config.residual}"
+
+
+def _titles(configs: Sequence[QTargetConfig]) -> list[str]:
+    """One method may be compared with itself at other knobs or priors: then these are part of its title."""
+    names = [_name(config) for config in configs]
+    titles = []
+    for config, name in zip(configs, names, strict=True):
+        details = [f"{knob}={value:g}" for knob, value in config.knobs.items()]
+        details += [f"prior={config.prior}"] if config.prior != "auto" else []
+        titles.append(" ".join([name, *details]) if names.count(name) > 1 else name)
+    return titles
+
+
+def _describe(config: QTargetConfig, title: str, trainer: QTargetSFTTrainer) -> dict[str, Any]:
+    row, reference = config.row, trainer._prior_description
     uses = config.objective(has_prior=True).uses_prior
     if not uses:
         prior = None
-    elif config.prior_source == "lagged":
+    elif config.prior_source == "lagged" and trainer.qtarget_config.prior_source != "lagged":
         prior = "an earlier state of the policy; here the policy itself"
     else:
         prior = reference or "the policy itself"
     return {
-        "name": config.method or f"{config.trust} + {config.residual}",
+        "name": _name(config),
+        "title": title,
         "formula": row.loss if row else "CE(Q, p)",
         "knobs": config.knobs,
         "prior": prior,
         "arxiv": row.arxiv if row else None,
     }
-
-
-def _vocabulary(processing_class: Any, ids: set[int]) -> dict[str, str]:
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    return {str(token): tokenizer.decode([token]) for token in sorted(ids)}

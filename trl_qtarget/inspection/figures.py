@@ -1,6 +1,7 @@
 """Figures for papers and documentation: methods as curves, and the curves of finished runs."""
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from ..files import replacing
 from .curves import method_curves
 
 
+logger = logging.getLogger(__name__)
+
 # What is drawn of a run, with the words of its axis.
 RUN_METRICS = {
     "target/nll": "NLL of the labels, nats",
@@ -18,7 +21,7 @@ RUN_METRICS = {
     "target/kl": "KL(Q‖p), nats",
     "target/prior_agreement": "labels that are the prior's favourite",
 }
-_STATE = "trainer_state.json"
+STATE_NAME = "trainer_state.json"
 
 
 def _pyplot() -> Any:
@@ -49,7 +52,8 @@ def draw_methods(configs: Sequence[QTargetConfig], path: Path, prior_label_prob:
     for axes in (masses, gradients):
         axes.set_xlabel("policy's probability of the label, p(y)")
         axes.grid(alpha=0.3)
-    gradients.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    # One legend for both, which are drawn alike but for the policy itself.
+    gradients.legend(*masses.get_legend_handles_labels(), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     _save(figure, path)
     pyplot.close(figure)
 
@@ -58,22 +62,47 @@ def read_run(path: Path) -> list[dict[str, float]]:
     """The log lines of a finished or interrupted run: a `trainer_state.json`, or the newest one in a folder.
 
     Raises:
-        ValueError: there is none, or it has no metrics of a target.
+        ValueError: there is none, none is whole, or it has no metrics of a target.
     """
     file = path
     if path.is_dir():
-        found = [path / _STATE, *path.glob(f"checkpoint-*/{_STATE}")]
-        found = [each for each in found if each.is_file()]
-        if not found:
-            raise ValueError(f"`{path}` has no {_STATE}, nor has a checkpoint in it: name the folder of a run.")
-        file = max(found, key=lambda each: json.loads(each.read_text(encoding="utf-8"))["global_step"])
-    elif not path.is_file():
-        raise ValueError(f"`{path}` does not exist: name the folder of a run, or its {_STATE}.")
-    lines = json.loads(file.read_text(encoding="utf-8"))["log_history"]
-    lines = [line for line in lines if "target/nll" in line]
+        file, state = _newest_state(path)
+    elif path.is_file():
+        state = _read_state(path)
+    else:
+        raise ValueError(f"`{path}` does not exist: name the folder of a run, or its {STATE_NAME}.")
+    lines = [line for line in state["log_history"] if "target/nll" in line]
     if not lines:
         raise ValueError(f"`{file}` has no `target/` metrics: was it trained with `QTargetSFTTrainer`?")
     return lines
+
+
+def _newest_state(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The state of the last step in the folder of a run; what an interruption has left half-written is passed over."""
+    found = [file for file in (folder / STATE_NAME, *folder.glob(f"checkpoint-*/{STATE_NAME}")) if file.is_file()]
+    if not found:
+        raise ValueError(f"`{folder}` has no {STATE_NAME}, nor has a checkpoint in it: name the folder of a run.")
+    states, broken = {}, []
+    for file in found:
+        try:
+            states[file] = _read_state(file)
+        except ValueError as error:
+            broken.append(error)
+    if not states:
+        raise broken[0]
+    for error in broken:
+        logger.warning(f"{error} It is passed over.")
+    return max(states.items(), key=lambda item: item[1]["global_step"])
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        if {"global_step", "log_history"} <= state.keys():
+            return state
+    except (ValueError, AttributeError):  # no JSON, or no object
+        pass
+    raise ValueError(f"`{file}` is not a whole {STATE_NAME}: was the run interrupted while it was written?")
 
 
 def draw_runs(runs: dict[str, Path], path: Path) -> None:
@@ -99,7 +128,6 @@ def draw_runs(runs: dict[str, Path], path: Path) -> None:
 def _save(figure: Any, path: Path) -> None:
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"`{path.name}` must end in .png, .svg or .pdf.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as whole:
         metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(path.suffix[1:])
         figure.savefig(whole, format=path.suffix[1:], dpi=150, bbox_inches="tight", metadata=metadata)

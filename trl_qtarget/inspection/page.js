@@ -7,32 +7,13 @@ let method = 0;
 let chosen = null; // {e, j}: the example, and the index into its scored tokens.
 const spans = []; // [e][j]: the element of a scored token.
 
-// One method may be compared with itself at other knobs: then these are part of its name.
-const names = data.methods.map(({ name, knobs }) => {
-  const single = data.methods.filter((other) => other.name === name).length === 1;
-  return single ? name : [name, ...Object.entries(knobs ?? {}).map((pair) => pair.join("="))].join(" ");
-});
+// A title tells apart two variants of one method.
+const names = data.methods.map(({ title, name }) => title ?? name);
 
-// The most probable token other than the label, for the prior where there is one; of equals, the last id.
-function favourite(example, j) {
-  const ids = example.alternatives[j];
-  const likely = (example.prior ?? example.p)[j];
-  let best = 1;
-  for (let k = 2; k < ids.length; k++) {
-    if (likely[k] > likely[best] || (likely[k] === likely[best] && ids[k] > ids[best])) best = k;
-  }
-  return ids[best];
-}
-const FAVOURITE = data.examples.some(({ prior }) => prior) ? "prior’s favourite" : "policy’s favourite";
+// The token that a method's target prefers to the label; null where it prefers none.
+const preferredOf = ({ suspicion, preferred }, j) => (suspicion[j] === 0 ? null : preferred[j]);
 
 // --- Head, method switch and shading ---------------------------------------------------------------------------
-
-function described({ knobs, prior, arxiv }) {
-  const parts = Object.entries(knobs ?? {}).map(([name, value]) => `${name} = ${value}`);
-  if (prior) parts.push(`prior: ${prior}`);
-  if (arxiv) parts.push(`arXiv:${arxiv}`);
-  return parts.join(" · ");
-}
 
 function drawHead() {
   document.title = data.title;
@@ -65,6 +46,7 @@ function shade() {
     const { trust } = example.methods[method];
     spans[e].forEach((span, j) => {
       span.className = trust[j] === null ? "t" : `t g${Math.round((LEVELS * Math.max(0, trust[j])) / tops[method])}`;
+      span.setAttribute("aria-label", `${spoken(example.alternatives[j][0])}, trust ${format(trust[j])}`);
     });
     byId(`facts-${e}`).textContent = `${example.tokens.length} tokens, ${example.scored.length} labels · ` +
       `mean trust ${format(mean(trust))} · mean NLL ${format(mean(example.nll))}`;
@@ -110,11 +92,18 @@ function drawExample(example, e) {
 const placeOf = (event) => (event.target.closest ? event.target.closest(".t")?.place : undefined);
 
 // One tab stop per example; the arrows move it.
-function focusOn({ e, j }) {
+function stopAt({ e, j }) {
   spans[e].forEach((span, i) => (span.tabIndex = i === j ? 0 : -1));
+}
+
+// Its scroll margins keep a token clear of the bar above and of the sheet below.
+const reveal = ({ e, j }) => spans[e][j].scrollIntoView({ block: "nearest" });
+
+function focusOn({ e, j }) {
+  stopAt({ e, j });
   spans[e][j].focus({ preventScroll: true });
-  spans[e][j].scrollIntoView({ block: "nearest" });
   if (chosen) choose({ e, j });
+  reveal({ e, j });
 }
 
 // The next or previous token, within the example and then into its neighbour.
@@ -140,11 +129,16 @@ function across(place, by) {
   return best;
 }
 
+const held = ({ altKey, ctrlKey, metaKey }) => altKey || ctrlKey || metaKey;
+
+// What the right arrow adds to the index of a token.
+const onwardOf = ({ e, j }) => (getComputedStyle(spans[e][j].parentElement).direction === "rtl" ? -1 : 1);
+
 function onKey(event) {
   const place = placeOf(event);
-  if (!place || event.altKey || event.ctrlKey || event.metaKey) return;
+  if (!place || held(event)) return;
   const row = spans[place.e];
-  const onward = getComputedStyle(row[place.j].parentElement).direction === "rtl" ? -1 : 1;
+  const onward = onwardOf(place);
   const moves = {
     ArrowRight: () => beside(place, onward), ArrowLeft: () => beside(place, -onward),
     ArrowDown: () => across(place, 1), ArrowUp: () => across(place, -1),
@@ -153,6 +147,15 @@ function onKey(event) {
   if (moves[event.key]) focusOn(moves[event.key]());
   else if (event.key === "Enter" || event.key === " ") choose(place);
   else return;
+  if (event.key === "Enter") byId("panel").focus({ preventScroll: true });
+  event.preventDefault();
+}
+
+// In the panel the arrows do what its buttons do, except where they scroll the table sideways.
+function onPanelKey(event) {
+  const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (!by || !chosen || held(event) || event.target.closest(".scroll")) return;
+  step(by * onwardOf(chosen));
   event.preventDefault();
 }
 
@@ -163,7 +166,21 @@ function choose(place) {
   byId("panel-head").hidden = !place;
   if (!place) return byId("panel-body").replaceChildren(make("p", { class: "hint" }, "No token chosen."));
   spans[place.e][place.j].setAttribute("aria-current", "true");
+  stopAt(place);
   showPanel();
+}
+
+// To the label beside the chosen one; the focus stays where it is.
+function step(by) {
+  choose(beside(chosen, by));
+  reveal(chosen);
+}
+
+function close() {
+  if (!chosen) return;
+  const { e, j } = chosen;
+  choose(null);
+  spans[e][j].focus({ preventScroll: true });
 }
 
 function jump(place) {
@@ -174,13 +191,12 @@ function jump(place) {
 
 // --- The panel of a token --------------------------------------------------------------------------------------
 
-// Names of methods break where their words do.
-const breakable = (name) => name.split(/(?<=_)/).flatMap((part) => [part, make("wbr")]);
-
 const columns = (cell) =>
   data.methods.map((_, m) => make("td", { class: m === method ? "current" : null }, ...cell(m)));
 const heading = (title, ...more) => make("tr", { class: "part" },
   make("th", { colspan: data.methods.length + 1, scope: "colgroup" }, title, ...more));
+
+const tokenOr = (id, none) => (id === null ? none : token(id));
 
 function showPanel() {
   const { e, j } = chosen;
@@ -192,7 +208,6 @@ function showPanel() {
 
   const numbers = [["NLL", format(example.nll[j])], ["entropy", format(example.entropy[j])], ["p(y)", format(p[0])]];
   if (prior) numbers.push(["prior(y)", format(prior[0])]);
-  numbers.push([FAVOURITE, token(favourite(example, j))]);
 
   const heads = names.map((name, m) =>
     make("th", { scope: "col", class: m === method ? "current" : null }, ...breakable(name)));
@@ -204,6 +219,8 @@ function showPanel() {
     const cells = columns((m) => [format(of[m][key][j])]);
     body.append(make("tr", { "data-row": key }, make("th", { scope: "row" }, title), ...cells));
   }
+  const preferred = columns((m) => [tokenOr(preferredOf(of[m], j), "the label")]);
+  body.append(make("tr", { "data-row": "preferred" }, make("th", { scope: "row" }, "target prefers"), ...preferred));
 
   const kinds = [["delta", "label δ"], ["p", "policy p"], ...(prior ? [["prior", "prior"]] : []), ["q", "target Q"]];
   const key = kinds.map(([kind, title]) => make("span", { class: kind }, title));
@@ -222,12 +239,12 @@ function showPanel() {
   });
 
   // A step of size ε on the logits, z ← z − ε s (p − Q), carried through the softmax to first order.
-  const step = (m, k) => p[k] * (of[m].scale[j] * (of[m].q[j][k] - p[k]) - of[m].drift[j]);
-  const reach = largest(of.flatMap((_, m) => ids.map((_, k) => Math.abs(step(m, k)))), 1e-12);
+  const changeOf = (m, k) => p[k] * (of[m].scale[j] * (of[m].q[j][k] - p[k]) - of[m].drift[j]);
+  const reach = largest(of.flatMap((_, m) => ids.map((_, k) => Math.abs(changeOf(m, k)))), 1e-12);
   body.append(heading("What one step does", make("small", {}, "change of p per unit of learning rate on the logits")));
   ids.forEach((id, k) => {
     const cells = columns((m) => {
-      const change = step(m, k);
+      const change = changeOf(m, k);
       const way = change > 0 ? "up" : "down";
       const svg = bars([[way, change]], -reach, reach, `${spoken(id)}: ${signed(change)}`);
       const arrow = { up: "▲ ", down: "▼ " }[way];
@@ -271,7 +288,7 @@ const TOKEN_COLUMNS = [
   { key: "nll", title: "NLL" },
   { key: "entropy", title: "entropy" },
   { key: "p", title: "p(y)" },
-  { key: "favourite", title: FAVOURITE, words: true, cell: (row) => token(row.favouriteId) },
+  { key: "preferred", title: "preferred", words: true, cell: (row) => tokenOr(row.preferredId, "–") },
 ];
 const EXAMPLE_COLUMNS = [
   { key: "e", title: "example", words: true, cell: (row) => words(make("bdi", {}, data.examples[row.e].name)) },
@@ -319,7 +336,7 @@ function rowsTable(table, kinds) {
     const place = event.target.closest("tr")?.place;
     if (place) jump(place);
     if (!key) return;
-    state.descending = key === state.key ? !state.descending : !["label", "e", "favourite"].includes(key);
+    state.descending = key === state.key ? !state.descending : !["label", "e", "preferred"].includes(key);
     state.key = key;
     show();
   });
@@ -338,9 +355,10 @@ function showSuspicious() {
   data.examples.forEach((example, e) => {
     const { suspicion, trust } = example.methods[method];
     example.scored.forEach((_, j) => {
-      const [id, favouriteId] = [example.alternatives[j][0], favourite(example, j)];
-      tokens.push({ e, j, id, favouriteId, label: word(id), favourite: word(favouriteId), suspicion: suspicion[j],
-        trust: trust[j], nll: example.nll[j], entropy: example.entropy[j], p: example.p[j][0] });
+      const [id, preferredId] = [example.alternatives[j][0], preferredOf(example.methods[method], j)];
+      tokens.push({ e, j, id, preferredId, label: word(id), preferred: preferredId === null ? null : word(preferredId),
+        suspicion: suspicion[j], trust: trust[j], nll: example.nll[j], entropy: example.entropy[j],
+        p: example.p[j][0] });
     });
     const order = suspicion.map((x, j) => [x, j]).sort((a, b) => b[0] - a[0]).slice(0, 3);
     if (order.length) {
@@ -353,14 +371,15 @@ function showSuspicious() {
 }
 
 function exportRows() {
-  const { name } = data.methods[method];
-  const lines = tokenTable.state.rows.map(({ e, j, label, suspicion, trust, nll, favourite: other }) => {
-    const { name: example, scored } = data.examples[e];
+  const name = names[method];
+  const lines = tokenTable.state.rows.map(({ e, j, label, suspicion, trust, nll }) => {
+    const { name: example, scored, methods } = data.examples[e];
     const place = { example, position: scored[j], token: label, method: name };
-    return JSON.stringify({ ...place, suspicion, trust, nll, prior_favourite: other }) + "\n";
+    const preferred = word(methods[method].preferred[j]);
+    return JSON.stringify({ ...place, suspicion, trust, nll, preferred }) + "\n";
   });
   const address = URL.createObjectURL(new Blob(lines, { type: "application/jsonl" }));
-  make("a", { href: address, download: `suspicious-labels-${name.replace(/[^\w-]+/g, "_")}.jsonl` }).click();
+  make("a", { href: address, download: `suspicious-labels-${name.replace(/[^\w.-]+/g, "_")}.jsonl` }).click();
   setTimeout(() => URL.revokeObjectURL(address), 10000);
 }
 
@@ -379,20 +398,11 @@ byId("texts").addEventListener("click", (event) => {
   focusOn(place);
 });
 byId("texts").addEventListener("keydown", onKey);
-byId("texts").addEventListener("focusin", (event) => {
-  const place = placeOf(event);
-  if (!place) return;
-  const example = data.examples[place.e];
-  event.target.setAttribute("aria-label",
-    `${spoken(example.alternatives[place.j][0])}, trust ${format(example.methods[method].trust[place.j])}`);
-});
+byId("panel").addEventListener("keydown", onPanelKey);
 document.addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" || !chosen) return;
-  const { e, j } = chosen;
-  choose(null);
-  spans[e][j].focus({ preventScroll: true });
+  if (event.key === "Escape") close();
 });
-byId("close").addEventListener("click", () => choose(null));
-byId("previous").addEventListener("click", () => choose(beside(chosen, -1)));
-byId("next").addEventListener("click", () => choose(beside(chosen, 1)));
+byId("close").addEventListener("click", close);
+byId("previous").addEventListener("click", () => step(-1));
+byId("next").addEventListener("click", () => step(1));
 byId("export").addEventListener("click", exportRows);

@@ -83,6 +83,16 @@ const word = (id) => data.vocabulary[id] ?? "";
 const token = (id) => make("bdi", { class: "glyphs", dir: "auto" }, ...glyphs(word(id)));
 const spoken = (id) => pieces(word(id)).map(([shown]) => shown).join("");
 
+function described({ knobs, prior, arxiv }) {
+  const parts = Object.entries(knobs ?? {}).map(([name, value]) => `${name} = ${value}`);
+  if (prior) parts.push(`prior: ${prior}`);
+  if (arxiv) parts.push(`arXiv:${arxiv}`);
+  return parts.join(" · ");
+}
+
+// Names of methods break where their words do.
+const breakable = (name) => name.split(/(?<=_)/).flatMap((part) => [part, make("wbr")]);
+
 const facts = (pairs) =>
   pairs.map(([term, value]) => make("div", {}, make("dt", {}, term), make("dd", {}, make("bdi", {}, value))));
 

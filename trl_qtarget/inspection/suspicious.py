@@ -21,16 +21,13 @@ def suspicious_tokens(data: dict[str, Any], method: int = 0) -> list[dict[str, A
 
     Returns:
         Rows with `example`, `position` (in its tokens), `token`, `method`, `suspicion` (nats by which the target
-        prefers another token), `trust`, `nll` and `prior_favourite`, the prior's most probable other token among the
-        alternatives (the policy's without a prior).
+        prefers another token), `trust`, `nll` and `preferred`, the other token with most of the target's mass.
     """
-    words, name = data["vocabulary"], data["methods"][method]["name"]
+    words, name = data["vocabulary"], data["methods"][method]["title"]
     rows = []
     for example in data["examples"]:
         found = example["methods"][method]
-        likely = example["prior"] or example["p"]
         for number, position in enumerate(example["scored"]):
-            others = list(zip(likely[number][1:], example["alternatives"][number][1:], strict=True))
             rows.append(
                 {
                     "example": example["name"],
@@ -40,7 +37,7 @@ def suspicious_tokens(data: dict[str, Any], method: int = 0) -> list[dict[str, A
                     "suspicion": found["suspicion"][number],
                     "trust": found["trust"][number],
                     "nll": example["nll"][number],
-                    "prior_favourite": words[str(max(others)[1])],
+                    "preferred": words[str(found["preferred"][number])],
                 }
             )
     return sorted(rows, key=lambda row: -row["suspicion"])

@@ -1,0 +1,65 @@
+"""To inspect is to be a guest: the models, the random numbers and Accelerate's state are left as they were found."""
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+from trl.trainer.utils import create_model_from_path
+
+from ..priors import base_model_of
+
+
+def load_policy(name: str, **options: Any) -> nn.Module:
+    """The model of a path or id; one with adapters keeps them apart, for the base under them is a prior."""
+    if (Path(name) / "adapter_config.json").is_file():
+        from peft import AutoPeftModelForCausalLM
+
+        return AutoPeftModelForCausalLM.from_pretrained(name, **options)
+    return create_model_from_path(name, **options)
+
+
+def precision() -> dict[str, bool]:
+    """`bf16` and `fp16` of an `SFTConfig` that agrees with what Accelerate has been told already, if it has."""
+    told = AcceleratorState._shared_state.get("_mixed_precision")
+    return {"bf16": told == "bf16", "fp16": told == "fp16"}
+
+
+@contextmanager
+def no_trace(*models: Any) -> Iterator[None]:
+    """Afterwards no model has another `forward` or tag, random numbers go on, and any precision can be chosen."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    states = random.getstate(), numpy.random.get_state()
+    initialized = bool(AcceleratorState._shared_state)
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
+        for model in models:
+            if isinstance(model, nn.Module):
+                stack.enter_context(_own_forward(base_model_of(model)))
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])
+            if not initialized:
+                AcceleratorState._reset_state()
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    # A copy made later would go on running the original's weights through a `forward` that is bound to it.
+    forward, tags = vars(model).get("forward"), vars(model).get("model_tags")
+    tags = None if tags is None else list(tags)
+    try:
+        yield
+    finally:
+        for name, value in (("forward", forward), ("model_tags", tags)):
+            if value is None:
+                vars(model).pop(name, None)
+            else:
+                setattr(model, name, value)
