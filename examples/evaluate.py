@@ -213,12 +213,11 @@ def read_done(arguments: argparse.Namespace) -> dict[int, dict[str, Any]]:
 def report(lines: list[dict[str, Any]], samples: int) -> str:
     """Average@k with its standard error over problems, and pass@k."""
     shares = [line["right"] / samples for line in lines]
-    error = statistics.stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else float("nan")
     passed = sum(line["right"] > 0 for line in lines) / len(lines)
-    return (
-        f"{len(lines)} problems: Average@{samples} {100 * statistics.fmean(shares):.2f} ± {100 * error:.2f} %, "
-        f"pass@{samples} {100 * passed:.2f} %"
-    )
+    average = f"{100 * statistics.fmean(shares):.2f}"
+    if len(shares) > 1:
+        average += f" ± {100 * statistics.stdev(shares) / len(shares) ** 0.5:.2f}"
+    return f"{len(lines)} problems: Average@{samples} {average} %, pass@{samples} {100 * passed:.2f} %"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """`trl-qtarget plot`: the curves are the published formulas, and the runs those that were trained."""
 
 import json
+import shutil
 
 import pytest
 import tiny
@@ -9,6 +10,7 @@ from training import make_trainer
 
 from trl_qtarget import METHODS, QTargetConfig, QTargetSFTTrainer, cli
 from trl_qtarget.cli.options import read_method
+from trl_qtarget.cli.plot import main as plot
 from trl_qtarget.inspection.curves import VOCABULARY, method_curves
 from trl_qtarget.inspection.figures import RUN_METRICS, draw_methods, draw_runs, read_run
 
@@ -61,6 +63,12 @@ def test_every_method_of_the_table_can_be_drawn(tmp_path):
     assert [file.name for file in (tmp_path / "new").iterdir()].count("methods.png") == 1
 
 
+def test_legend_names_every_curve(tmp_path):
+    draw_methods([QTargetConfig("dft")], tmp_path / "methods.svg")
+    text = (tmp_path / "methods.svg").read_text()
+    assert "<!-- dft -->" in text and "<!-- the policy itself -->" in text
+
+
 def test_curves_name_the_knobs_that_were_set():
     curves = method_curves(
         [QTargetConfig("asft", lam=0.3), QTargetConfig(method=None, trust="one", residual="uniform")]
@@ -77,6 +85,8 @@ def test_curves_name_the_knobs_that_were_set():
         (["--prior_label_prob", "1"], "must lie between 0 and 1"),
         (["--output", "targets.gif"], "must end in .png, .svg or .pdf"),
         (["--runs", "nowhere"], "`nowhere` does not exist"),
+        (["--runs", "nowhere", "./nowhere"], "give each run a name of its own"),
+        (["--runs", "a=one", "a=two"], "`runs` has `a` twice"),
     ],
 )
 def test_mistakes_are_refused(arguments, message, capsys, tmp_path, monkeypatch):
@@ -93,6 +103,13 @@ def test_methods_are_written_in_a_word(tmp_path):
     assert read_method("none:trust=entropy,residual=uniform").trust == "entropy"
     QTargetConfig("gem", beta=0.5).save_pretrained(tmp_path)
     assert read_method(str(tmp_path)) == QTargetConfig("gem", beta=0.5)
+
+
+def test_folder_named_like_a_method_is_not_taken_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    QTargetConfig("gem", beta=0.5).save_pretrained("sft")
+    assert read_method("sft") == QTargetConfig("sft")
+    assert read_method("./sft") == QTargetConfig("gem", beta=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +133,53 @@ def test_runs_are_overlaid(runs, tmp_path, capsys):
     assert [line["step"] for line in lines] == [1, 2, 3, 4], "the newest checkpoint is read"
     assert all(set(RUN_METRICS) - {"target/prior_agreement"} <= set(line) for line in lines)
     assert read_run(runs["dft"] / "checkpoint-2" / "trainer_state.json")[-1]["step"] == 2
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """What `plot` draws of runs, by name."""
+    seen = {}
+    monkeypatch.setattr("trl_qtarget.cli.plot.draw_runs", lambda runs, path: seen.update(runs))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (["a/checkpoint-2", "b/checkpoint-2", "c"], ["a/checkpoint-2", "b/checkpoint-2", "c"]),
+        (["a/x/trainer_state.json", "b/y/trainer_state.json"], ["x", "y"]),
+        (["a/x/trainer_state.json", "b/x/trainer_state.json"], ["a/x", "b/x"]),
+        (["one=a/x", "b/x"], ["one", "x"]),
+        (["../runs/a", "."], ["a", "runs"]),
+        (["lr=1e-4", "lr=1e-5"], ["lr=1e-4", "lr"]),  # the second is no folder
+    ],
+)
+def test_runs_are_named_apart(given, names, drawn, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "lr=1e-4").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "runs")
+    assert plot(["--runs", *given]) == 0
+    assert list(drawn) == names
+    assert str(drawn[names[0]]) == given[0].removeprefix("one=")
+
+
+def test_checkpoints_of_one_name_are_all_drawn(runs, tmp_path):
+    output = tmp_path / "runs.svg"
+    folders = [runs[method] / "checkpoint-2" for method in ("sft", "dft")]
+    assert plot(["--runs", *map(str, folders), "--output", str(output)]) == 0
+    assert all(f"<!-- {folder.parent.name}/checkpoint-2 -->" in output.read_text() for folder in folders)
+
+
+@pytest.mark.parametrize("rest", ["", '{"global_step": 4, "log_', "[]", "{}"])
+def test_half_written_state_is_passed_over(runs, rest, tmp_path, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(runs["dft"], run)
+    state = run / "checkpoint-4" / "trainer_state.json"
+    state.write_text(rest)
+    assert read_run(run)[-1]["step"] == 2
+    assert f"`{state}` is not a whole" in caplog.text
+    for path in (state, state.parent):
+        with pytest.raises(ValueError, match=r"checkpoint-4.trainer_state\.json` is not a whole"):
+            read_run(path)
 
 
 def test_folders_without_a_run_are_named(tmp_path):

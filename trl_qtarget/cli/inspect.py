@@ -2,30 +2,52 @@
 
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+import torch
+from accelerate.commands.launch import launch_command_parser
+from datasets import IterableDataset
+from transformers import AutoProcessor
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_quantization_config
-from trl.trainer.utils import create_model_from_path
 
-from ..inspection.collect import inspect_target
+from ..config import QTargetConfig
+from ..inspection.collect import check_request, inspect_target, numbered
+from ..inspection.guest import load_policy
 from ..inspection.render import write_page
 from ..inspection.suspicious import suspicious_tokens, write_jsonl
+from ..trainer import resolve_config
 from .options import check_known, read_method
-from .sft import ReferenceArguments, init_kwargs, load_data, load_reference, split_of
+from .sft import ReferenceArguments, init_kwargs, load_data, load_reference, split_of, target_of
+
+
+# What a recipe may say of its training, and `SFTConfig` would refuse or load. `inspect_target` sees to the rest.
+_NO_TRAINING = {
+    "output_dir": tempfile.gettempdir(),  # there has to be one; nothing is written to it
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "load_best_model_at_end": "False",
+    "lr_scheduler_type": "linear",
+    "deepspeed": "",
+}
+
+
+# To look at a few examples, a machine without an accelerator will do.
+_ON_CPU = {"use_cpu": "True", "bf16": "False", "fp16": "False", "tf32": "False"}
 
 
 @dataclass
 class InspectArguments:
     """What to look at, and where to write it."""
 
-    methods: list[str] = field(
-        default_factory=lambda: ["target_sft"],
+    methods: list[str] | None = field(
+        default=None,
         metadata={
-            "help": "Methods to compare, with knobs if wanted: dft asft:lam=0.03; or folders of a qtarget_config.json."
+            "help": "Methods to compare, with knobs if wanted: dft asft:lam=0.03; or folders of a configuration. "
+            "None: the target of the recipe, or of `--method` and its knobs."
         },
     )
     examples: int = field(default=20, metadata={"help": "Number of examples, the first ones or, with a seed, random."})
@@ -51,40 +73,50 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ValueError: an argument is wrong.
     """
-    parser = TrlParser(
-        (InspectArguments, ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, ReferenceArguments),
-        prog="trl-qtarget inspect",
+    recipe = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, QTargetConfig, ReferenceArguments)
+    parser = TrlParser((InspectArguments, *recipe), prog="trl-qtarget inspect")
+    fixed = _NO_TRAINING if torch.accelerator.is_available() else _NO_TRAINING | _ON_CPU
+    no_training = [word for name, value in fixed.items() for word in (f"--{name}", value)]
+    *parsed, of_config, left = parser.parse_args_and_config(
+        [*arguments, *no_training], return_remaining_strings=True, separate_remaining_strings=True
     )
-    *parsed, left = parser.parse_args_and_config(_with_output_dir(arguments), return_remaining_strings=True)
-    wanted, script, training, model, mixture, reference = parsed
+    wanted, script, training, model, mixture, target, reference = parsed
+    launcher = [*launch_command_parser()._option_string_actions, "--accelerate_config"]
+    check_known(of_config, launcher, parser._option_string_actions)
     check_known(left, [], parser._option_string_actions)
     if left:
         raise ValueError(f"`{left[0]}` belongs to no option: remove it.")
     if model.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is missing: name the model to inspect.")
-    configs = [read_method(text) for text in wanted.methods]
+    if wanted.methods is None:
+        configs = [resolve_config(target_of(arguments, target), training)]
+    else:
+        configs = [read_method(text) for text in wanted.methods]
+    check_request(configs, wanted.alternatives)
+    training.loss_type = "nll"  # `dft` is a target, which is among the methods by now if it is wanted
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_qtarget").setLevel(logging.INFO)
 
+    data_name = ", ".join(each.path for each in mixture.datasets) or script.dataset_name
     training.model_init_kwargs = {**init_kwargs(model, training), **(training.model_init_kwargs or {})}
     rows = split_of(load_data(script, mixture), script.dataset_train_split, "dataset_train_split")
+    stream = isinstance(rows, IterableDataset)
+    rows = rows if stream else numbered(rows)
     if wanted.sample_seed is not None:
         rows = rows.shuffle(seed=wanted.sample_seed)
-    if script.dataset_streaming:
-        rows = Dataset.from_list(list(rows.take(wanted.examples)))
-    else:
-        rows = rows.select(range(min(wanted.examples, len(rows))))
+    rows = rows.take(wanted.examples) if stream else rows.select(range(min(wanted.examples, len(rows))))
     data = inspect_target(
         _load_policy(model, training),
         rows,
         configs,
         ref_model=load_reference(reference, training),
         args=training,
+        processing_class=_load_processing(model, training),
         alternatives=wanted.alternatives,
-        dataset_name=script.dataset_name or ", ".join(each.path for each in mixture.datasets),
+        model_name=model.model_name_or_path,
+        dataset_name=data_name,
     )
     output = Path(wanted.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_page(data, output)
     if wanted.suspicious:
         write_jsonl(suspicious_tokens(data), Path(wanted.suspicious))
@@ -93,18 +125,18 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _with_output_dir(arguments: Sequence[str]) -> list[str]:
-    """`SFTConfig` wants a folder, to which nothing is written here."""
-    return ["--output_dir", "unused", *arguments]
-
-
 def _load_policy(model: ModelConfig, training: SFTConfig) -> Any:
-    """The policy; one with adapters keeps them apart, for the base under them is a prior."""
     options = dict(training.model_init_kwargs)
     if (quantization := get_quantization_config(model)) is not None:
         options["quantization_config"] = quantization
-    if (Path(model.model_name_or_path) / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForCausalLM
+    return load_policy(model.model_name_or_path, **options)
 
-        return AutoPeftModelForCausalLM.from_pretrained(model.model_name_or_path, **options)
-    return create_model_from_path(model.model_name_or_path, **options)
+
+def _load_processing(model: ModelConfig, training: SFTConfig) -> Any:
+    """Tokenizer or processor; None for adapters without one, which take their base's."""
+    folder = Path(model.model_name_or_path)
+    if (folder / "adapter_config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        return None
+    return AutoProcessor.from_pretrained(
+        model.model_name_or_path, revision=model.model_revision, trust_remote_code=training.trust_remote_code
+    )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import QTargetConfig
+from ..methods import METHODS
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -36,11 +37,13 @@ def check_known(remaining: Iterable[str], accepted: Iterable[str], known: Iterab
 def read_method(text: str) -> QTargetConfig:
     """A method as the command line writes it: `asft`, `asft:lam=0.03,prior=base`, or the path of a configuration.
 
+    The name of a method is that method, whatever folders there are; `./asft` is the folder.
+
     Raises:
         ValueError: it is neither, or a knob is wrong.
     """
     name, _, knobs = text.partition(":")
-    if not knobs and ("/" in text or text.endswith(".json") or Path(text).is_dir()):
+    if name not in METHODS and not knobs and ("/" in text or text.endswith(".json") or Path(text).is_dir()):
         return QTargetConfig.from_pretrained(text)
     fields: dict[str, Any] = {"method": name}
     for knob in knobs.split(",") if knobs else []:
