@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 
 import torch
 
@@ -14,6 +15,8 @@ import datasets
 import pytest
 import transformers
 from nodes import two_nodes
+
+from trl_qtarget.inspection.render import write_page
 
 
 def pytest_configure(config):
@@ -40,3 +43,50 @@ def nodes():
     """Two nodes, in networks of their own where this machine allows it."""
     with two_nodes() as made:
         yield made
+
+
+# --- the page of an inspection, in Chromium ---
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright's Python package is not installed")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no Chromium on this machine")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Opens the page of some data from disk; at the end nothing may have gone wrong, or asked for, unseen."""
+    wrong, contexts = [], []
+
+    def open_page(data, **options):
+        path = tmp_path / "page.html"
+        write_page(data, path)
+        context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("console", lambda message: wrong.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: (wrong.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: request.url == path.as_uri() or wrong.append(f"request: {request.url}"))
+        page.add_init_script(
+            "window.violations = []; document.addEventListener('securitypolicyviolation',"
+            " (event) => window.violations.push(event.violatedDirective));"
+        )
+        page.goto(path.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        for page in context.pages:
+            assert page.evaluate("window.violations") == []
+            assert page.evaluate("window.__hacked") is None
+        context.close()
+    assert [message for message in wrong if not message.startswith("request: blob:")] == []
