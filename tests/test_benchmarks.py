@@ -11,6 +11,9 @@ import time
 import pytest
 import torch
 
+
+pytest.importorskip("trl.kernels.chunked_divergence", reason="the benchmarks measure TRL's losses, which are newer")
+
 from benchmarks import __main__ as command
 from benchmarks import budget, figures, head, memory, peers, providers, readme, report, statistics_cost, step, sweep
 from benchmarks.common import COLUMNS, RESULTS, read_results, write_results
