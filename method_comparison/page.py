@@ -94,11 +94,10 @@ def facts(tested: Tested) -> str:
     store = tested.store
     results = store.results.values()
     dates = sorted({result["date"] for result in results})
-    hours = sum(result["seconds"] for result in results) / 3600
     machines = " and ".join(sorted({session["machine"] for session in store.sessions}))
     versions = ", ".join(f"{name} {version}" for name, version in store.sessions[-1]["versions"].items())
     return (
-        f"{len(store.results)} runs, {hours:.1f} hours of one core each ({machines}), {dates[0]} to {dates[-1]}; "
+        f"{len(store.results)} runs of seconds to minutes on one core each ({machines}), {dates[0]} to {dates[-1]}; "
         f"{versions}."
     )
 
