@@ -326,7 +326,6 @@ def test_trainings_that_settings_share_are_compared_once():
     assert tested.compared("sft", "sft") == tested.compared("gem", "sft") == []
 
 
-@pytest.mark.skipif(not COMMITTED.is_dir(), reason="no results are committed")
 def test_committed_page_says_what_the_committed_results_say(tmp_path):
     study = settings.load()
     made = page.write(study, Store(COMMITTED, study, writable=False), tmp_path, page.TEMPLATE)
