@@ -184,7 +184,6 @@ def write_results(path: Path, rows: Iterable[Mapping[str, Any]], device: str) ->
     facts = machine_facts(device)
     texts = [{name: _text((facts | dict(row)).get(name)) for name in COLUMNS} for row in rows]
     merged = {tuple(row.get(name, "") for name in _IDENTITY): row for row in [*read_results(path), *texts]}
-    path.parent.mkdir(parents=True, exist_ok=True)
     # A reader, or an interrupted run, never meets half a file.
     with replacing(path) as whole, whole.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_qtarget.files import replacing
+from trl_qtarget.inspection.figures import pyplot_to_files
 
 from .common import RESULTS
 from .selection import BENCHMARKS, Row, newest
@@ -39,14 +40,9 @@ _SIZES = {"N": "tokens N", "V": "vocabulary V", "H": "hidden width H"}
 
 def _pyplot() -> Any:
     try:
-        import matplotlib
-    except ModuleNotFoundError:
+        return pyplot_to_files()
+    except ValueError:
         raise SystemExit('The figures need matplotlib: pip install -e ".[plot]".') from None
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "trl-qtarget"  # equal figures are equal files
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def draw(results: Path, output: Path) -> list[Path]:
@@ -70,7 +66,6 @@ def _machine(row: Row) -> str:
 
 
 def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as whole:
         figure.savefig(whole, format="svg", bbox_inches="tight", metadata={"Date": None})
 

@@ -185,7 +185,6 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"  {name:28}" + "  ".join(f"{key} {value:.2f}" for key, value in found.items()), flush=True)
     for row in rows:
         row.pop("output")
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(arguments.output) as whole, whole.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()

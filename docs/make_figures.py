@@ -78,7 +78,6 @@ def main() -> None:
     command("plot", "--runs", *runs, "--output", str(FIGURES / "runs.svg"))
     page = WORK / "inspection.html"
     looked_at = ["--model_name_or_path", str(WORK / "target_sft"), "--dtype", "float32", "--dataset_name", str(data)]
-    looked_at += [] if torch.cuda.is_available() else ["--use_cpu", "True", "--bf16", "False"]
     command("inspect", *looked_at, "--methods", *METHODS, "--examples", "24", "--output", str(page))
     photograph(page)
 

@@ -24,13 +24,18 @@ RUN_METRICS = {
 STATE_NAME = "trainer_state.json"
 
 
-def _pyplot() -> Any:
+def pyplot_to_files() -> Any:
+    """Matplotlib's pyplot, without a screen, so that equal figures are equal files.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     try:
         import matplotlib
     except ModuleNotFoundError:
         raise ValueError("`trl-qtarget plot` needs matplotlib: pip install matplotlib.") from None
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "trl-qtarget"  # equal figures are equal files
+    matplotlib.rcParams["svg.hashsalt"] = "trl-qtarget"
     from matplotlib import pyplot
 
     return pyplot
@@ -38,7 +43,7 @@ def _pyplot() -> Any:
 
 def draw_methods(configs: Sequence[QTargetConfig], path: Path, prior_label_prob: float = 0.5) -> None:
     """Target and gradient of methods along the label's probability, into a .png, .svg or .pdf file."""
-    pyplot, curves = _pyplot(), method_curves(configs, prior_label_prob)
+    pyplot, curves = pyplot_to_files(), method_curves(configs, prior_label_prob)
     figure, (masses, gradients) = pyplot.subplots(1, 2, figsize=(10, 4))
     colours = pyplot.get_cmap("tab10" if len(curves) <= 10 else "tab20")
     for number, curve in enumerate(curves):
@@ -108,7 +113,7 @@ def _read_state(file: Path) -> dict[str, Any]:
 def draw_runs(runs: dict[str, Path], path: Path) -> None:
     """What was logged of the targets of some runs, overlaid, into a .png, .svg or .pdf file."""
     histories = {name: read_run(run) for name, run in runs.items()}
-    pyplot = _pyplot()
+    pyplot = pyplot_to_files()
     figure, grid = pyplot.subplots(2, 3, figsize=(13, 6.5), sharex=True)
     *panels, corner = grid.flat
     for axes, (metric, words) in zip(panels, RUN_METRICS.items(), strict=True):

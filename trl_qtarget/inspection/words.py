@@ -13,11 +13,11 @@ def vocabulary(processing_class: Any, ids: Iterable[int]) -> dict[str, str]:
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     # Decoders of the SentencePiece kind strip the space before the first token, so each stands behind another.
     anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
-    return {str(token): _word(tokenizer, anchor, token) for token in sorted(ids)}
-
-
-def _word(tokenizer: Any, anchor: list[int], token: int) -> str:
     before = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
+    return {str(token): _word(tokenizer, anchor, before, token) for token in sorted(ids)}
+
+
+def _word(tokenizer: Any, anchor: list[int], before: str, token: int) -> str:
     text = tokenizer.decode([*anchor, token], clean_up_tokenization_spaces=False)
     text = text[len(before) :] if text.startswith(before) else tokenizer.decode([token])
     piece = tokenizer.convert_ids_to_tokens(token)
