@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from benchmarks.common import machine_facts
 from trl_qtarget.files import replacing
@@ -22,16 +23,19 @@ VERSIONS = ("torch", "trl", "transformers", "accelerate", "reasoning-gym", "trl-
 class Store:
     """The results of a study in a folder, by the key of the run.
 
-    A line is written whole or, after an interruption, dropped when the file is opened for writing again.
+    A line is written whole or, after an interruption, dropped when the file is opened for writing again. One process
+    at a time may write: two would do every run twice, and one could drop the line that the other is writing.
 
     Raises:
-        ValueError: the folder holds results of other settings.
+        ValueError: the folder holds results of other settings, or another process is writing into it.
     """
 
     def __init__(self, directory: Path, study: Study, writable: bool = True):
         self.directory = directory
         self.results: dict[str, dict[str, Any]] = {}
         self.sessions: list[dict[str, Any]] = []
+        if writable:
+            self._lock()
         facts = directory / "facts.json"
         if facts.is_file():
             known = json.loads(facts.read_text(encoding="utf-8"))
@@ -45,8 +49,18 @@ class Store:
             for result in self._read(directory / name, writable):
                 self.results[result["key"]] = result
         if writable:
-            directory.mkdir(parents=True, exist_ok=True)
             self._begin(facts, study)
+
+    def _lock(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        # One object per process and path; the system gives the lock back however the process ends.
+        self._held = FileLock(self.directory / ".lock", is_singleton=True)
+        try:
+            self._held.acquire(blocking=False)
+        except Timeout:
+            raise ValueError(
+                f"`results`: a study is already writing into {self.directory}: let it end, or choose another folder."
+            ) from None
 
     def _read(self, path: Path, writable: bool) -> list[dict[str, Any]]:
         if not path.is_file():

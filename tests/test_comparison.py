@@ -4,6 +4,7 @@ import json
 import random
 import re
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -269,6 +270,15 @@ def test_store_refuses_results_of_other_settings(tmp_path):
     Store(tmp_path, settings.load())
     with pytest.raises(ValueError, match=r"`results`: .* holds results of other settings"):
         Store(tmp_path, settings.load(quick=True))
+
+
+def test_two_studies_cannot_write_into_one_folder(tmp_path):
+    command = [sys.executable, "-m", "method_comparison", "--results", str(tmp_path)]
+    store = Store(tmp_path, settings.load())
+    refused = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    assert refused.returncode == 2
+    assert "a study is already writing into" in refused.stderr
+    store.add({"phase": TUNE, "key": "this one still can"})
 
 
 def test_pending_runs_begin_with_the_controls_and_leave_out_what_is_known(tmp_path):
