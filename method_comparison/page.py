@@ -93,12 +93,12 @@ def facts(tested: Tested) -> str:
     """One sentence on where the numbers come from."""
     store = tested.store
     results = store.results.values()
-    dates = sorted({result["date"] for result in results})
+    days = [result["date"] for result in results]
+    dates = " to ".join(sorted({min(days), max(days)}))
     machines = " and ".join(sorted({session["machine"] for session in store.sessions}))
     versions = ", ".join(f"{name} {version}" for name, version in store.sessions[-1]["versions"].items())
     return (
-        f"{len(store.results)} runs of seconds to minutes on one core each ({machines}), {dates[0]} to {dates[-1]}; "
-        f"{versions}."
+        f"{len(store.results)} runs of seconds to minutes on one core each ({machines}), {dates}; {versions}."
     )
 
 

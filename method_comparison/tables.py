@@ -1,8 +1,9 @@
 """Tables of the page, in Markdown, made from the result files alone."""
 
+import statistics
 from collections.abc import Callable
 
-from .analysis import AT_BEST, BASE, MEASURES, TEACHER, Row, Tested, difference
+from .analysis import AT_BEST, BASE, MEASURES, TEACHER, Difference, Row, Tested, difference
 from .settings import Setting
 
 
@@ -81,25 +82,31 @@ def difference_table(tested: Tested, baseline: str, measure: str) -> str:
 
 
 def wins_table(tested: Tested, baseline: str) -> str:
-    """In how many settings each method beats a baseline, or loses to it, under each measure and under two of them."""
+    """In how many settings each method beats a baseline, or loses to it, under each measure and under two of them.
+
+    The median is that of the differences at the best temperature: a mean would show the one setting that went astray.
+    """
     lines = []
     for method in tested.study.methods:
-        signs = _signs(method.name, tested, baseline)
-        if not signs:
+        found = _differences(method.name, tested, baseline)
+        if not found:
             continue
+        signs = [[difference.sign for difference in measures] for measures in found]
+        middle = statistics.median(measures[MEASURES.index(AT_BEST)].value for measures in found)
         cells = []
         for number in range(len(MEASURES)):
             column = [each[number] for each in signs]
             cells.append(f"{column.count(1)} / {column.count(0)} / {column.count(-1)}")
         held = [1 if s.count(1) > 1 and -1 not in s else -1 if s.count(-1) > 1 and 1 not in s else 0 for s in signs]
-        lines.append([f"`{method.name}`", str(len(signs)), *cells, f"**{held.count(1)} / {held.count(-1)}**"])
-    return _table(["method", "settings", *MEASURES, "beyond doubt: wins / losses"], lines)
+        doubtless = f"**{held.count(1)} / {held.count(-1)}**"
+        lines.append([f"`{method.name}`", str(len(signs)), *cells, doubtless, _points(middle)])
+    return _table(["method", "settings", *MEASURES, "beyond doubt: wins / losses", "median, best T"], lines)
 
 
-def _signs(name: str, tested: Tested, baseline: str) -> list[list[int]]:
-    """For each setting with both, the sign of the difference under each measure."""
+def _differences(name: str, tested: Tested, baseline: str) -> list[list[Difference]]:
+    """For each setting with both, the difference under each measure."""
     pairs = [(tested.row(s, name), tested.row(s, baseline)) for s in tested.compared(name, baseline)]
-    return [[difference(row, other, measure).sign for measure in MEASURES] for row, other in pairs]
+    return [[difference(row, other, measure) for measure in MEASURES] for row, other in pairs]
 
 
 def choices_table(tested: Tested, cell: Callable[[Row], str]) -> str:
