@@ -80,6 +80,7 @@ def _fill(mark: str, tested: Tested, directory: Path) -> str:
         "wins": tables.wins_table,
         "differences": tables.difference_table,
         "rates": tables.rates_table,
+        "ratios": tables.ratios_table,
         "knobs": tables.knobs_table,
         "knob_names": knob_names,
         "settings": _settings,
@@ -97,9 +98,7 @@ def facts(tested: Tested) -> str:
     dates = " to ".join(sorted({min(days), max(days)}))
     machines = " and ".join(sorted({session["machine"] for session in store.sessions}))
     versions = ", ".join(f"{name} {version}" for name, version in store.sessions[-1]["versions"].items())
-    return (
-        f"{len(store.results)} runs of seconds to minutes on one core each ({machines}), {dates}; {versions}."
-    )
+    return f"{len(store.results)} runs of seconds to minutes on one core each ({machines}), {dates}; {versions}."
 
 
 def coverage(tested: Tested) -> str:

@@ -124,6 +124,26 @@ def rates_table(tested: Tested) -> str:
     return choices_table(tested, lambda row: f"{1e3 * row.learning_rate:.2g}" + (" †" if row.on_edge else ""))
 
 
+def ratios_table(tested: Tested) -> str:
+    """The learning rates that tuning chose, as multiples of that of plain SFT, which was tuned twice.
+
+    Settings in which one of the two lies on an edge say nothing: there `sft` was best at not being trained.
+    """
+    rates = {}
+    for setting in tested.study.settings:
+        twice = [tested.row(setting, name) for name in ("sft", "sft_again")]
+        if all(row and not row.on_edge for row in twice):
+            rates[setting] = statistics.geometric_mean(row.learning_rate for row in twice)
+    lines = []
+    for method in tested.study.methods:
+        shared = [setting for setting in tested.compared(method.name, "sft") if setting in rates]
+        ratios = [tested.row(setting, method.name).learning_rate / rates[setting] for setting in shared]
+        if len(ratios) > 1:
+            first, middle, third = statistics.quantiles(ratios, n=4, method="inclusive")
+            lines.append([f"`{method.name}`", str(len(ratios)), f"{middle:.1f}", f"{first:.1f} to {third:.1f}"])
+    return _table(["method", "settings", "median, × the rate of `sft`", "middle half"], lines)
+
+
 def knobs_table(tested: Tested) -> str:
     """The knobs that tuning chose."""
     return choices_table(tested, lambda row: row.knob.partition(" = ")[2])
