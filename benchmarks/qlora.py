@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, PrinterCallback
 
-from trl_qtarget import head
-from trl_qtarget.kernels import plain
+from trl_qtarget.loss import head
+from trl_qtarget.loss.kernels import plain
 
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))

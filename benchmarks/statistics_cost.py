@@ -20,7 +20,7 @@ from datasets import disable_progress_bars
 from transformers import TrainerCallback
 
 from trl_qtarget import QTargetSFTTrainer
-from trl_qtarget.chunks import Batch
+from trl_qtarget.loss.chunks import Batch
 
 from .budget import Budget
 from .common import base_parser, finish_arguments, summary, write_results

@@ -6,8 +6,8 @@ from typing import Any
 
 from mkdocs.structure.files import File
 
+from trl_qtarget import METHODS
 from trl_qtarget.cli.methods import describe
-from trl_qtarget.methods import METHODS
 
 
 ROOT = Path(__file__).parents[1]

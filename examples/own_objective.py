@@ -8,8 +8,7 @@ import argparse
 from datasets import load_dataset
 from trl import SFTConfig
 
-from trl_qtarget import QTargetConfig, QTargetSFTTrainer, register_trust
-from trl_qtarget.registry import NonNegative
+from trl_qtarget import NonNegative, QTargetConfig, QTargetSFTTrainer, register_trust
 
 
 @register_trust("relative")

@@ -25,7 +25,7 @@ from training import sft_config, warm_model
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 from trl_qtarget import QTargetConfig, QTargetSFTTrainer
-from trl_qtarget.shards import gather, in_zero3, share
+from trl_qtarget.priors.shards import gather, in_zero3, share
 
 
 GLOBAL_BATCH = 4

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trl_qtarget.registry import Positive
+from trl_qtarget.target.registry import Positive
 
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trl_qtarget.registry import Unit
-    from trl_qtarget.tile import Tile
+    from trl_qtarget.target.registry import Unit
+    from trl_qtarget.target.tile import Tile
 
 
 def focal(tile: Tile, *, beta: Positive = 2.0) -> Tensor:

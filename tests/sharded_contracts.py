@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from trl_qtarget.shards import exchanged, gather, in_zero3, reshard, scatter, share, whole_shape
+from trl_qtarget.priors.shards import exchanged, gather, in_zero3, reshard, scatter, share, whole_shape
 
 
 IDS = torch.tensor([[5, 6, 7, 8]])

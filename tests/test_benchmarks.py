@@ -20,8 +20,8 @@ from benchmarks.common import COLUMNS, RESULTS, read_results, write_results
 from benchmarks.inputs import Shape, make_inputs
 from benchmarks.parts import PARTS
 from benchmarks.selection import BENCHMARKS, newest
-from trl_qtarget.chunks import Batch
-from trl_qtarget.trainer import QTargetSFTTrainer
+from trl_qtarget.loss.chunks import Batch
+from trl_qtarget.training.trainer import QTargetSFTTrainer
 
 
 SHAPE = Shape(24, 32, 300)

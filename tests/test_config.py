@@ -12,10 +12,10 @@ from transformers import HfArgumentParser
 from trl import TrlParser
 
 from trl_qtarget import METHODS, QTargetConfig, qtarget_loss
-from trl_qtarget.config import CONFIG_NAME, KERNELS, PRIORS
-from trl_qtarget.registry import KNOBS
-from trl_qtarget.residual import RESIDUALS
-from trl_qtarget.trust import TRUSTS
+from trl_qtarget.target.config import CONFIG_NAME, KERNELS, PRIORS
+from trl_qtarget.target.registry import KNOBS
+from trl_qtarget.target.residual import RESIDUALS
+from trl_qtarget.target.trust import TRUSTS
 
 
 # The table of the design: knobs with their defaults, where the prior comes from, steps between two syncs.

@@ -25,7 +25,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import create_model_from_path, maybe_gather_lm_head_ctx
 
 from trl_qtarget import QTargetSFTTrainer
-from trl_qtarget.head import add_target_head
+from trl_qtarget.loss.head import add_target_head
 
 
 def sft_trainer(**arguments) -> SFTTrainer:

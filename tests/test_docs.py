@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from trl_qtarget import METHODS
-from trl_qtarget.residual import RESIDUALS
-from trl_qtarget.trust import TRUSTS
+from trl_qtarget.target.residual import RESIDUALS
+from trl_qtarget.target.trust import TRUSTS
 
 
 ROOT = Path(__file__).parents[1]

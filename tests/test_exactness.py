@@ -19,8 +19,8 @@ from formulas import (
 )
 
 from trl_qtarget import METHODS, QTargetConfig, build_target, induced_target, linear_qtarget_loss, qtarget_loss
-from trl_qtarget.residual import RESIDUALS
-from trl_qtarget.trust import TRUSTS
+from trl_qtarget.target.residual import RESIDUALS
+from trl_qtarget.target.trust import TRUSTS
 
 
 # Two float64 evaluations of one formula in another order: a few hundred roundings of 1.1e-16, on quantities that grow

@@ -151,8 +151,8 @@ def test_token_weights_come_from_their_column():
 
 
 def test_small_chunks_change_nothing(monkeypatch):
-    from trl_qtarget import chunks
-    from trl_qtarget.kernels import plain
+    from trl_qtarget.loss import chunks
+    from trl_qtarget.loss.kernels import plain
 
     whole = _inspect(["iw_sft", "target_sft"], ref_model=warm_model(steps=30))
     monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", 3 * 320)

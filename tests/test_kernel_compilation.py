@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from trl_qtarget import METHODS, QTargetConfig
-from trl_qtarget.residual import RESIDUALS
-from trl_qtarget.tile import Embeddings
-from trl_qtarget.trust import TRUSTS
+from trl_qtarget.target.residual import RESIDUALS
+from trl_qtarget.target.tile import Embeddings
+from trl_qtarget.target.trust import TRUSTS
 
 
 # Of 65536 registers, 128 for each of 256 threads leave room for two programs, which wait for memory in turns.
@@ -76,7 +76,7 @@ def assembled(ptx: str, capability: int) -> dict[str, int]:
 
 def score(config: QTargetConfig, tokens: int, vocabulary: int, dtype: torch.dtype, out: torch.dtype, softcap: float):
     """Launch the kernels as the loop over chunks does, on the second of two chunks."""
-    from trl_qtarget.kernels import folded
+    from trl_qtarget.loss.kernels import folded
 
     # The products of a GPU, which a CPU has not.
     folded.has_mixed_gemm = lambda operands, logits: operands != logits.dtype
@@ -93,7 +93,7 @@ def score(config: QTargetConfig, tokens: int, vocabulary: int, dtype: torch.dtyp
 def compile_all(capability: int, cases: list[dict]) -> None:
     from triton.runtime import driver
 
-    from trl_qtarget.kernels import fold, gradient
+    from trl_qtarget.loss.kernels import fold, gradient
 
     driver.set_active(NoDevice(capability))
     kept = {}

@@ -5,13 +5,14 @@ import contextlib
 import pytest
 import torch
 
-from trl_qtarget import QTargetConfig, choice
+from trl_qtarget import QTargetConfig
 from trl_qtarget.gemm import Head
 
 
 pytest.importorskip("triton")
 
-from trl_qtarget.kernels import fold, folded, gradient
+from trl_qtarget.loss import choice
+from trl_qtarget.loss.kernels import fold, folded, gradient
 
 
 @pytest.fixture

@@ -17,14 +17,15 @@ from test_loss_memory import PeakMemory
 from test_precision import importance_slack
 from training import train_target
 
-from trl_qtarget import METHODS, QTargetConfig, choice, chunks, linear_qtarget_loss, register_residual, register_trust
-from trl_qtarget.chunks import STATISTICS
+from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss, register_residual, register_trust
 from trl_qtarget.gemm import Head
-from trl_qtarget.kernels import fold, folded, gradient
-from trl_qtarget.kernels.plain import PlainKernel
-from trl_qtarget.registry import Positive
-from trl_qtarget.residual import RESIDUALS
-from trl_qtarget.trust import TRUSTS
+from trl_qtarget.loss import choice, chunks
+from trl_qtarget.loss.chunks import STATISTICS
+from trl_qtarget.loss.kernels import fold, folded, gradient
+from trl_qtarget.loss.kernels.plain import PlainKernel
+from trl_qtarget.target.registry import Positive
+from trl_qtarget.target.residual import RESIDUALS
+from trl_qtarget.target.trust import TRUSTS
 
 
 pytestmark = pytest.mark.skipif(not choice._interpreted(), reason="on a GPU the kernels are compiled: test_cuda.py")

@@ -7,8 +7,10 @@ import torch
 from formulas import make_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_qtarget import METHODS, QTargetConfig, chunks, linear_qtarget_loss, tile
-from trl_qtarget.kernels import plain
+from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss
+from trl_qtarget.loss import chunks
+from trl_qtarget.loss.kernels import plain
+from trl_qtarget.target import tile
 
 
 # All is 2**10 times smaller than by default; what is per token or per vocabulary entry stays small beside it.

@@ -5,8 +5,9 @@ import torch
 from formulas import make_problem, relative_error
 from rounding import HALF
 
-from trl_qtarget import QTargetConfig, build_target, gemm, linear_qtarget_loss, tile
-from trl_qtarget.kernels import plain
+from trl_qtarget import QTargetConfig, build_target, gemm, linear_qtarget_loss
+from trl_qtarget.loss.kernels import plain
+from trl_qtarget.target import tile
 
 
 def neighbors(**knobs) -> QTargetConfig:

@@ -22,9 +22,10 @@ from training import check_equals_dense, trainable, worst
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.qlora import TensorMemory, blocks_of_cuda, measure, stored_bytes
-from trl_qtarget import METHODS, QTargetConfig, chunks, linear_qtarget_loss
-from trl_qtarget.kernels import plain
-from trl_qtarget.priors import AdapterOffPrior
+from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss
+from trl_qtarget.loss import chunks
+from trl_qtarget.loss.kernels import plain
+from trl_qtarget.priors.base import AdapterOffPrior
 
 
 ADAPTER = "adapter_model.safetensors"

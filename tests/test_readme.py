@@ -9,9 +9,9 @@ from peft import LoraConfig
 from trl import SFTTrainer
 
 from trl_qtarget import METHODS, QTargetSFTTrainer
-from trl_qtarget.registry import Shelf
-from trl_qtarget.residual import RESIDUALS
-from trl_qtarget.trust import TRUSTS
+from trl_qtarget.target.registry import Shelf
+from trl_qtarget.target.residual import RESIDUALS
+from trl_qtarget.target.trust import TRUSTS
 
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

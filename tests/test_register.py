@@ -17,9 +17,9 @@ from trl_qtarget import (
     register_residual,
     register_trust,
 )
-from trl_qtarget.registry import Positive, Range, Unit
-from trl_qtarget.residual import RESIDUALS
-from trl_qtarget.trust import TRUSTS
+from trl_qtarget.target.registry import Positive, Range, Unit
+from trl_qtarget.target.residual import RESIDUALS
+from trl_qtarget.target.trust import TRUSTS
 
 
 TOLERANCE, FLOOR = 1e-12, 1e-2  # as in test_exactness

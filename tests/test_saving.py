@@ -10,7 +10,7 @@ from peft import LoraConfig
 from training import make_trainer
 
 from trl_qtarget import METHODS, QTargetConfig, QTargetSFTTrainer
-from trl_qtarget.card import add_target, describe_prior, target_section
+from trl_qtarget.training.card import add_target, describe_prior, target_section
 
 
 CODE = """

@@ -26,7 +26,7 @@ from transformers import BitsAndBytesConfig
 from trl import SFTTrainer
 
 from trl_qtarget import METHODS, QTargetConfig, QTargetSFTTrainer, build_target, register_trust
-from trl_qtarget.trust import TRUSTS
+from trl_qtarget.target.trust import TRUSTS
 
 
 LORA = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")

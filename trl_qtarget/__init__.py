@@ -1,40 +1,87 @@
 """Supervised fine-tuning toward an explicit target distribution: a plugin of Hugging Face TRL."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
-
-from .config import QTargetConfig
-from .dense import Target, build_target, induced_target, qtarget_loss
-from .linear import LinearQTargetOutput, linear_qtarget_loss
-from .methods import METHODS
-from .residual import register_residual
-from .trust import register_trust
 
 
 if TYPE_CHECKING:
-    from .trainer import QTargetSFTTrainer
+    from .inspection.callback import InspectionCallback
+    from .inspection.collect import inspect_target
+    from .inspection.render import write_page
+    from .inspection.suspicious import suspicious_examples, suspicious_tokens
+    from .loss.linear import LinearQTargetOutput, linear_qtarget_loss
+    from .target.config import QTargetConfig
+    from .target.dense import Target, build_target, induced_target, qtarget_loss
+    from .target.methods import METHODS, Method
+    from .target.registry import AtLeastTwo, Count, NonNegative, Positive, Range, Unit
+    from .target.residual import register_residual
+    from .target.tile import LabelStatistics, Measure, Tile, floor_of
+    from .target.trust import register_trust
+    from .training.checkpoints import last_whole_checkpoint
+    from .training.trainer import QTargetSFTTrainer
 
 __version__ = "0.1.0"
 
+# Where each public name lives. A module is imported when one of its names is first asked for: torch takes a second to
+# import, TRL several, and neither is needed to read a version or a list of commands.
+_HOMES = {
+    "inspection.callback": ("InspectionCallback",),
+    "inspection.collect": ("inspect_target",),
+    "inspection.render": ("write_page",),
+    "inspection.suspicious": ("suspicious_examples", "suspicious_tokens"),
+    "loss.linear": ("LinearQTargetOutput", "linear_qtarget_loss"),
+    "target.config": ("QTargetConfig",),
+    "target.dense": ("Target", "build_target", "induced_target", "qtarget_loss"),
+    "target.methods": ("METHODS", "Method"),
+    "target.registry": ("AtLeastTwo", "Count", "NonNegative", "Positive", "Range", "Unit"),
+    "target.residual": ("register_residual",),
+    "target.tile": ("LabelStatistics", "Measure", "Tile", "floor_of"),
+    "target.trust": ("register_trust",),
+    "training.checkpoints": ("last_whole_checkpoint",),
+    "training.trainer": ("QTargetSFTTrainer",),
+}
+
 __all__ = [
     "METHODS",
+    "AtLeastTwo",
+    "Count",
+    "InspectionCallback",
+    "LabelStatistics",
     "LinearQTargetOutput",
+    "Measure",
+    "Method",
+    "NonNegative",
+    "Positive",
     "QTargetConfig",
     "QTargetSFTTrainer",
+    "Range",
     "Target",
+    "Tile",
+    "Unit",
     "__version__",
     "build_target",
+    "floor_of",
     "induced_target",
+    "inspect_target",
+    "last_whole_checkpoint",
     "linear_qtarget_loss",
     "qtarget_loss",
     "register_residual",
     "register_trust",
+    "suspicious_examples",
+    "suspicious_tokens",
+    "write_page",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # TRL and transformers take seconds to import, and the losses need neither.
-    if name == "QTargetSFTTrainer":
-        from .trainer import QTargetSFTTrainer
-
-        return QTargetSFTTrainer
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f".{home}", __name__), name)
+            globals()[name] = value
+            return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -12,8 +12,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, load_dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config, get_quantization_config
 
-from trl_qtarget import QTargetConfig, QTargetSFTTrainer
-from trl_qtarget.checkpoints import last_whole_checkpoint
+from trl_qtarget import QTargetConfig, QTargetSFTTrainer, last_whole_checkpoint
 
 
 @dataclass

@@ -14,12 +14,12 @@ from datasets import IterableDataset
 from transformers import AutoProcessor
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_quantization_config
 
-from ..config import QTargetConfig
 from ..inspection.collect import check_request, inspect_target, numbered
 from ..inspection.guest import load_policy
 from ..inspection.render import write_page
 from ..inspection.suspicious import suspicious_tokens, write_jsonl
-from ..trainer import resolve_config
+from ..target.config import QTargetConfig
+from ..training.trainer import resolve_config
 from .options import check_known, read_method
 from .sft import ReferenceArguments, init_kwargs, load_data, load_reference, split_of, target_of
 

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ..config import QTargetConfig
-from ..methods import METHODS, Method, designs_of, find_method, knobs_of, unit_scale
+from ..target.config import QTargetConfig
+from ..target.methods import METHODS, Method, designs_of, find_method, knobs_of, unit_scale
 from .options import suggestion
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..config import QTargetConfig
-from ..methods import METHODS
+from ..target.config import QTargetConfig
+from ..target.methods import METHODS
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -26,8 +26,8 @@ from trl import (
 )
 from trl.trainer.utils import create_model_from_path
 
-from ..config import QTargetConfig
-from ..trainer import QTargetSFTTrainer
+from ..target.config import QTargetConfig
+from ..training.trainer import QTargetSFTTrainer
 
 
 logger = logging.getLogger("trl_qtarget")

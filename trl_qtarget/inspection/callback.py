@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from ..trainer import QTargetSFTTrainer
+from ..training.trainer import QTargetSFTTrainer
 from .collect import inspect_rows, numbered
 from .render import write_page
 

@@ -17,11 +17,11 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor, PreTrainedModel
 from trl import SFTConfig
 
-from ..config import QTargetConfig
-from ..head import Observed
-from ..methods import TokenTarget
-from ..priors import inference, virtual_tokens
-from ..trainer import QTargetSFTTrainer, sequences_of
+from ..loss.head import Observed
+from ..priors.base import inference, virtual_tokens
+from ..target.config import QTargetConfig
+from ..target.methods import TokenTarget
+from ..training.trainer import QTargetSFTTrainer, sequences_of
 from .guest import load_policy, no_trace, precision
 from .summary import summarise
 from .words import vocabulary

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import QTargetConfig
-from ..dense import build_target
+from ..target.config import QTargetConfig
+from ..target.dense import build_target
 
 
 VOCABULARY = 1000

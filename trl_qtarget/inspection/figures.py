@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import QTargetConfig
 from ..files import replacing
+from ..target.config import QTargetConfig
 from .curves import method_curves
 
 

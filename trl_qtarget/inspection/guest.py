@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from trl.trainer.utils import create_model_from_path
 
-from ..priors import base_model_of
+from ..priors.base import base_model_of
 
 
 def load_policy(name: str, **options: Any) -> nn.Module:

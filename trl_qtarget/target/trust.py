@@ -22,14 +22,14 @@ def register_trust(name: str, function: Callable | None = None, **properties: An
 
     Args:
         name: the name to use in configurations.
-        function: `function(tile, *, knob=default, ...) -> γ [n]`. `tile` is a [`Tile`][trl_qtarget.tile.Tile] of `n`
+        function: `function(tile, *, knob=default, ...) -> γ [n]`. `tile` is a [`Tile`][trl_qtarget.Tile] of `n`
             scored tokens: `label_probs`, `label_log_probs`, `log_probs[n, V]`, `policy.entropy`, `token_weights`, and
             `prior_label_log_probs` if `uses_prior`. Knob names are fields of `QTargetConfig`; annotate them with a
-            range from `trl_qtarget.registry` (`Unit`, `Positive`, ...) to have them checked. Without `function`, a
+            range from `trl_qtarget` (`Unit`, `Positive`, ...) to have them checked. Without `function`, a
             decorator is returned.
         uses_prior: whether the function reads the prior.
         per_sequence: whether γ needs all tokens of a document at once. The function then gets
-            [`LabelStatistics`][trl_qtarget.tile.LabelStatistics] of the whole batch instead of a tile, and the fused
+            [`LabelStatistics`][trl_qtarget.LabelStatistics] of the whole batch instead of a tile, and the fused
             loss takes one extra pass over the logits.
         uses_token_weights: whether the function reads the dataset's per-token weights.
 

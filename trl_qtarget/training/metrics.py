@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .linear import LinearQTargetOutput
+from ..loss.linear import LinearQTargetOutput
 
 
 # Each a mean over the scored tokens that have it: signed targets have no KL, and there may be no prior to agree.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import gemm
+from .. import gemm
 
 
 # Cosine similarities searched at a time: 16 Mi elements, 64 MiB in float32.

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import gemm
-from .gemm import Head
-from .methods import Objective, TokenTarget
-from .tile import Embeddings, LabelStatistics, Tile
+from .. import gemm
+from ..gemm import Head
+from ..target.methods import Objective, TokenTarget
+from ..target.tile import Embeddings, LabelStatistics, Tile
 
 
 # Logits of a chunk, each of the policy's and the prior's: 256 MiB in float32. Large enough for full-speed products

@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from .config import CONFIG_NAME, QTargetConfig
+from ..target.config import CONFIG_NAME, QTargetConfig
 
 
 # transformers writes this file last, after the weights, the optimiser and the random numbers of every rank.

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..gemm import Head, has_mixed_gemm, operand_dtype
+from ..target.methods import Objective
 from .chunks import Batch, Kernel
-from .gemm import Head, has_mixed_gemm, operand_dtype
 from .kernels.plain import PlainKernel
-from .methods import Objective
 
 
 logger = logging.getLogger(__name__)

@@ -27,9 +27,9 @@ def register_residual(name: str, function: Callable | None = None, **properties:
     Args:
         name: the name to use in configurations.
         function: `function(tile, *, knob=default, ...) -> log π̃ [n, V]`, log-probabilities that sum to one in every
-            row; for a zero use `trl_qtarget.tile.floor_of(dtype)`, not `-inf`. Or `tile.mixture(policy=a, prior=b)`,
+            row; for a zero use `trl_qtarget.floor_of(dtype)`, not `-inf`. Or `tile.mixture(policy=a, prior=b)`,
             the distribution ∝ p^a · π_prior^b, which costs the least on a GPU. `tile` is a
-            [`Tile`][trl_qtarget.tile.Tile] of `n` scored tokens: `log_probs[n, V]`, `labels[n]`, `prior_logits[n, V]`
+            [`Tile`][trl_qtarget.Tile] of `n` scored tokens: `log_probs[n, V]`, `labels[n]`, `prior_logits[n, V]`
             if `uses_prior`, `embeddings[V, H]` and `nearest(k)` if `uses_embeddings`, `token_weights[n]` if
             `uses_token_weights`; do not write into them. Knobs as in [`register_trust`][trl_qtarget.register_trust].
             Without `function`, a decorator is returned.

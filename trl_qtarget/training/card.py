@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .config import QTargetConfig
-from .files import replacing
+from ..files import replacing
+from ..target.config import QTargetConfig
 
 
 _VERSIONS = "### Framework versions"

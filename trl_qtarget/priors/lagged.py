@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from .files import replacing
-from .gemm import Head
-from .head import PriorStates, head_of
-from .priors import Prior, backbone_states, base_model_of, inference
+from ..files import replacing
+from ..gemm import Head
+from ..loss.head import PriorStates, head_of
+from .base import Prior, backbone_states, base_model_of, inference
 from .shards import exchanged, gather, in_zero3, reshard, scatter, share
 
 

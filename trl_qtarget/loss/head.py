@@ -21,9 +21,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from .gemm import Head
+from ..gemm import Head
+from ..target.methods import Objective
 from .linear import LinearQTargetOutput, Observer, fused_loss
-from .methods import Objective
 
 
 IGNORE_INDEX = -100

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..gemm import Head
-from ..methods import Objective, TokenTarget
-from ..tile import Embeddings, Tile, finite
+from ...gemm import Head
+from ...target.methods import Objective, TokenTarget
+from ...target.tile import Embeddings, Tile, finite
 
 
 # Logits worked on at a time between two products. On a CPU this block stays in the cache through all passes over it.

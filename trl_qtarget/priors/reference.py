@@ -12,10 +12,10 @@ from trl import SFTConfig
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path
 
-from .checks import check_vocabulary
-from .config import QTargetConfig
-from .head import add_target_head
-from .priors import ModelPrior, base_model_of
+from ..loss.head import add_target_head
+from ..target.checks import check_vocabulary
+from ..target.config import QTargetConfig
+from .base import ModelPrior, base_model_of
 from .shards import in_zero3, whole_shape
 
 

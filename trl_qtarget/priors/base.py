@@ -15,7 +15,7 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .head import PriorStates, head_of
+from ..loss.head import PriorStates, head_of
 from .shards import reshard
 
 

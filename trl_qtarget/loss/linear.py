@@ -11,12 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_head, check_labels, check_num_items, check_per_token, check_token_weights, check_vocabulary
+from ..gemm import Head
+from ..target.checks import (
+    check_head,
+    check_labels,
+    check_num_items,
+    check_per_token,
+    check_token_weights,
+    check_vocabulary,
+)
+from ..target.config import QTargetConfig
+from ..target.methods import Objective, TokenTarget
 from .choice import make_kernel
 from .chunks import Batch
-from .config import QTargetConfig
-from .gemm import Head
-from .methods import Objective, TokenTarget
 
 
 # Called with the positions `[n]` of some scored tokens among all, and their target.
@@ -126,7 +133,7 @@ def linear_qtarget_loss(
         ignore_index: label of tokens that are not scored.
 
     Returns:
-        A [`LinearQTargetOutput`][trl_qtarget.linear.LinearQTargetOutput] with `.loss` and per-token statistics.
+        A [`LinearQTargetOutput`][trl_qtarget.LinearQTargetOutput] with `.loss` and per-token statistics.
         If every label is ignored the loss is a differentiable zero. With gradients disabled, none is computed.
 
     Raises:

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..gemm import Head, has_mixed_gemm
-from ..methods import Objective, TokenTarget
-from ..tile import Embeddings, Measure, Tile, entropy_of, finite, floor_of, mixed, top_values
+from ...gemm import Head, has_mixed_gemm
+from ...target.methods import Objective, TokenTarget
+from ...target.tile import Embeddings, Measure, Tile, entropy_of, finite, floor_of, mixed, top_values
 from . import fold, gradient
 
 

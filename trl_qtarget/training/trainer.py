@@ -17,10 +17,22 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
+from ..loss.choice import check_kernel
+from ..loss.head import NextTokens, QTargetOutput, TargetRequest, add_target_head
+from ..priors.base import AdapterOffPrior, Prior, base_model_of
+from ..priors.lagged import LaggedPrior, PriorCallback
+from ..priors.reference import (
+    check_base,
+    check_reference,
+    load_reference,
+    reference_prior,
+    starting_copy,
+    uses_reference,
+)
+from ..priors.shards import in_zero3
+from ..target.config import QTargetConfig
 from .card import add_target, describe_prior
 from .checkpoints import check_checkpoint, last_whole_checkpoint
-from .choice import check_kernel
-from .config import QTargetConfig
 from .data import (
     SEQUENCES_KEY,
     WEIGHTS_KEY,
@@ -30,12 +42,7 @@ from .data import (
     check_column,
     prepare_with_columns,
 )
-from .head import NextTokens, QTargetOutput, TargetRequest, add_target_head
-from .lagged import LaggedPrior, PriorCallback
 from .metrics import local_sums, target_means
-from .priors import AdapterOffPrior, Prior, base_model_of
-from .references import check_base, check_reference, load_reference, reference_prior, starting_copy, uses_reference
-from .shards import in_zero3
 
 
 logger = get_logger(__name__)

@@ -6,7 +6,7 @@ from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .files import replacing
+from ..files import replacing
 from .methods import METHODS, Method, Objective, designs_of, find_method, knobs_of, make_objective
 from .registry import KNOBS, Range
 

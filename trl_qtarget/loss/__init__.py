@@ -1,0 +1,1 @@
+"""The loss toward a target, without the logits."""

@@ -1,0 +1,1 @@
+"""The second distribution: where it comes from."""

@@ -1,0 +1,1 @@
+"""The target: what Q is, for some tokens."""
