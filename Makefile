@@ -46,6 +46,7 @@ test-distributed: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/lint-imports
 
 format: $(VENV)/.ready
 	$(RUN) -m ruff check --fix .
