@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from trl_qtarget import METHODS, QTargetConfig
+from trl_qtarget import METHODS, PolicyFacts, PriorChoice, QTargetConfig, choose_prior
 
 
 HALF = 2  # bytes of a bfloat16
@@ -165,6 +166,12 @@ class Account:
         yield "instead of the loss's chunk: dense logits", self.dense
 
 
+def prior_of(method: str) -> PriorChoice:
+    """The prior that a method has in `examples/qlora.py`, with a teacher where it asks for one."""
+    teacher = "teacher" if METHODS[method].prior == "model" else None
+    return choose_prior(QTargetConfig(method), PolicyFacts(adapters={"default": LoraConfig()}), teacher)
+
+
 def account(
     config: PretrainedConfig,
     tokens: int = 8192,
@@ -174,7 +181,7 @@ def account(
 ) -> Account:
     """The account of `examples/qlora.py`; `tokens` is the batch size times the length of a row."""
     shapes = Shapes.of(config)
-    has_prior = QTargetConfig(method).objective(has_prior=True).uses_prior
+    has_prior = prior_of(method).objective.uses_prior
     weights = weight_bytes(shapes)
     return Account(
         steady=weights | adapter_bytes(shapes, rank) | {MASK: tokens**2},

@@ -56,7 +56,7 @@ def trainer_of(method="iw_sft", data=None, **options) -> QTargetSFTTrainer:
 def scored_tokens(trainer, batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Label, trust and log-ratio of policy and reference for every scored token of a batch."""
     batch = dict(batch)
-    request = trainer._request(batch)
+    request = trainer.target_request(batch)
     tokens = trainer.model(**batch, qtarget=request).tokens
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
     labels = batch["labels"][:, 1:]

@@ -180,7 +180,7 @@ def test_the_model_is_left_as_it_was():
         (["dft"], {"dataset": Dataset.from_dict({"text": []})}, "`dataset` is empty"),
         (["dft"], {"alternatives": 1}, "`alternatives=1` must be at least 2"),
         (["dtf"], {}, "`method='dtf'` is unknown"),
-        (["sft", "distill"], {}, "needs a teacher: pass `ref_model`"),
+        (["sft", "distill"], {}, "needs a reference model and `ref_model` is None: pass a path"),
         (["cft", QTargetConfig("cft", token_weight_column="other")], {}, "different columns"),
     ],
 )

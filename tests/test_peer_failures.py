@@ -30,7 +30,7 @@ def trainer_of(method, dataset=None, **arguments) -> QTargetSFTTrainer:
 def tokens_of(trainer, batch):
     """What the loss says of every position of a batch, in evaluation mode."""
     inputs = dict(batch)
-    request = trainer._request(inputs)
+    request = trainer.target_request(inputs)
     return trainer.model.eval()(**inputs, qtarget=request).tokens
 
 

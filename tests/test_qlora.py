@@ -25,7 +25,7 @@ from benchmarks.qlora import TensorMemory, blocks_of_cuda, measure, stored_bytes
 from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss
 from trl_qtarget.loss import chunks
 from trl_qtarget.loss.kernels import plain
-from trl_qtarget.priors.base import AdapterOffPrior
+from trl_qtarget.priors.adapters_off import AdapterOffPrior
 
 
 ADAPTER = "adapter_model.safetensors"

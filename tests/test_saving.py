@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig
 from training import make_trainer
 
-from trl_qtarget import METHODS, QTargetConfig, QTargetSFTTrainer
-from trl_qtarget.training.card import add_target, describe_prior, target_section
+from trl_qtarget import METHODS, PolicyFacts, QTargetConfig, QTargetSFTTrainer, choose_prior
+from trl_qtarget.training.card import add_target, target_section
 
 
 CODE = """
@@ -103,15 +103,13 @@ def test_trained_model_loads_without_this_package(tmp_path, peft):
 
 
 def test_prior_is_named_without_paths(tmp_path):
-    model = tiny.model()
-    model.save_pretrained(tmp_path / "teacher")
-    trainer = make_trainer(
-        QTargetSFTTrainer, tiny.text_dataset(), tiny.model(), qtarget_config="distill", ref_model=tiny.model(1)
-    )
-    assert describe_prior(None, None) is None
-    found = describe_prior(trainer._prior, str(tmp_path / "teacher"))
-    assert found.endswith("(`teacher`)") and str(tmp_path) not in found
-    assert describe_prior(trainer._prior, "hub/teacher").endswith("(`hub/teacher`)")
+    tiny.model().save_pretrained(tmp_path / "teacher")
+    policy, config = PolicyFacts(), QTargetConfig("distill")
+    found = choose_prior(config, policy, str(tmp_path / "teacher")).title
+    assert found == "the reference model (`teacher`)"
+    assert choose_prior(config, policy, "hub/teacher").title.endswith("(`hub/teacher`)")
+    assert choose_prior(config, policy, tiny.model(1)).title == "the reference model"
+    assert choose_prior(QTargetConfig("sft"), policy).title is None
 
 
 def test_metrics_reach_tensorboard_as_one_group(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .inspection.render import write_page
     from .inspection.suspicious import suspicious_examples, suspicious_tokens
     from .loss.linear import LinearQTargetOutput, linear_qtarget_loss
+    from .priors.choice import PolicyFacts, PriorChoice, PriorKind, choose_prior
     from .target.config import QTargetConfig
     from .target.dense import Target, build_target, induced_target, qtarget_loss
     from .target.methods import METHODS, Method
@@ -30,6 +31,7 @@ _HOMES = {
     "inspection.render": ("write_page",),
     "inspection.suspicious": ("suspicious_examples", "suspicious_tokens"),
     "loss.linear": ("LinearQTargetOutput", "linear_qtarget_loss"),
+    "priors.choice": ("PolicyFacts", "PriorChoice", "PriorKind", "choose_prior"),
     "target.config": ("QTargetConfig",),
     "target.dense": ("Target", "build_target", "induced_target", "qtarget_loss"),
     "target.methods": ("METHODS", "Method"),
@@ -51,7 +53,10 @@ __all__ = [
     "Measure",
     "Method",
     "NonNegative",
+    "PolicyFacts",
     "Positive",
+    "PriorChoice",
+    "PriorKind",
     "QTargetConfig",
     "QTargetSFTTrainer",
     "Range",
@@ -60,6 +65,7 @@ __all__ = [
     "Unit",
     "__version__",
     "build_target",
+    "choose_prior",
     "floor_of",
     "induced_target",
     "inspect_target",

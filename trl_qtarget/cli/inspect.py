@@ -19,7 +19,7 @@ from ..inspection.guest import load_policy
 from ..inspection.render import write_page
 from ..inspection.suspicious import suspicious_tokens, write_jsonl
 from ..target.config import QTargetConfig
-from ..training.trainer import resolve_config
+from ..training.resolve import resolve_config
 from .options import check_known, read_method
 from .sft import ReferenceArguments, init_kwargs, load_data, load_reference, split_of, target_of
 

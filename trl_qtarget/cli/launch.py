@@ -7,7 +7,7 @@ from pathlib import Path
 
 from accelerate.commands.launch import launch_command, launch_command_parser
 
-from ..training.trainer import resolve_config
+from ..training.resolve import resolve_config
 from .options import check_known, suggestion
 from .sft import local_format, make_parser, target_of
 

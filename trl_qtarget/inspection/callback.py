@@ -38,9 +38,7 @@ class InspectionCallback(TrainerCallback):
             raise ValueError(f"`every={every}` must be at least 1 optimiser step.")
         self.trainer, self.every = trainer, every
         self.directory = Path(directory or Path(trainer.args.output_dir) / "inspections")
-        self.rows = trainer._prepare_dataset(
-            numbered(dataset), trainer.processing_class, trainer.args, False, trainer._formatting_func, "inspection"
-        )
+        self.rows = trainer.prepare_rows(numbered(dataset), "inspection")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write(state.global_step)

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -18,10 +17,11 @@ from transformers import AutoProcessor, PreTrainedModel
 from trl import SFTConfig
 
 from ..loss.head import Observed
-from ..priors.base import inference, virtual_tokens
+from ..priors.base import virtual_tokens
+from ..priors.choice import PolicyFacts, PriorKind, check_models, choose_prior
 from ..target.config import QTargetConfig
 from ..target.methods import TokenTarget
-from ..training.trainer import QTargetSFTTrainer, sequences_of
+from ..training.trainer import QTargetSFTTrainer
 from .guest import load_policy, no_trace, precision
 from .summary import summarise
 from .words import vocabulary
@@ -79,7 +79,10 @@ def inspect_target(
         if isinstance(model, str):
             processing_class = processing_class or AutoProcessor.from_pretrained(model)
             model = load_policy(model)
-        _check_priors(configs, ref_model is not None or is_peft_model(model))
+        check_models(model, ref_model)
+        policy = PolicyFacts.of(model)
+        for config in configs:
+            choose_prior(config, policy, ref_model)  # refuses what training refuses
         trainer = _trainer(model, dataset, configs, ref_model, args, processing_class, scratch)
         facts = {"title": title, "model": name, "dataset": dataset_name}
         return inspect_rows(trainer, trainer.train_dataset, configs, facts, alternatives, progress)
@@ -107,19 +110,17 @@ def inspect_rows(
     """
     found, seen = [], set()
     bar = tqdm(rows, desc="Inspecting", unit="example", disable=not progress)
-    with inference(trainer.model):
-        for number, row in enumerate(bar):
-            example = _inspect(trainer, {name: row[name] for name in row if name != ROW_COLUMN}, configs, alternatives)
-            if example is not None:
-                preferred = (method["preferred"] for method in example["methods"])
-                seen.update(example["tokens"], *example["alternatives"], *preferred)
-                found.append({"name": str(row.get(ROW_COLUMN, number)), **example})
+    for number, row in enumerate(bar):
+        example = _inspect(trainer, {name: row[name] for name in row if name != ROW_COLUMN}, configs, alternatives)
+        if example is not None:
+            preferred = (method["preferred"] for method in example["methods"])
+            seen.update(example["tokens"], *example["alternatives"], *preferred)
+            found.append({"name": str(row.get(ROW_COLUMN, number)), **example})
     if not found:
         raise ValueError("`dataset` has no labelled token: check its format, `max_length` and `completion_only_loss`.")
-    reference = trainer._prior_description
     return {
         **facts,
-        "reference": reference,
+        "reference": trainer.prior_choice.title,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
         "vocabulary": vocabulary(trainer.processing_class, seen),
@@ -142,12 +143,6 @@ def check_request(configs: Sequence[QTargetConfig], alternatives: int) -> None:
         raise ValueError("`methods` read weights from different columns: inspect them one at a time.")
     if alternatives < 2:
         raise ValueError(f"`alternatives={alternatives}` must be at least 2: the label and one other token.")
-
-
-def _check_priors(configs: Sequence[QTargetConfig], has_reference: bool) -> None:
-    for config in configs:
-        if config.objective(has_prior=True).uses_prior and config.prior_source == "model" and not has_reference:
-            raise ValueError(f"{config.label} needs a teacher: pass `ref_model`.")
 
 
 def numbered(dataset: Dataset | IterableDataset) -> Dataset:
@@ -192,16 +187,23 @@ def _trainer(
         if hasattr(args, name):
             setattr(args, name, False)
     weights = next((config for config in configs if config.uses_token_weights), None)
-    has_reference = ref_model is not None or is_peft_model(model)
     target = QTargetConfig(
         method=None,
         trust="zero" if weights is None else "token_weights",
-        residual="prior" if has_reference else "policy",
+        residual="prior" if _has_prior(model, ref_model) else "policy",
         token_weight_column=None if weights is None else weights.token_weight_column,
     )
     return QTargetSFTTrainer(
         model, args, train_dataset=dataset, processing_class=processing, qtarget_config=target, ref_model=ref_model
     )
+
+
+def _has_prior(model: PreTrainedModel, ref_model: Any) -> bool:
+    """Whether there is another distribution to show beside the policy's, also for targets that do not read it."""
+    try:
+        return choose_prior(_REFERENCE, PolicyFacts.of(model), ref_model).objective.uses_prior
+    except ValueError:  # adapters whose base is no model of its own
+        return False
 
 
 # --- one example ---
@@ -224,29 +226,21 @@ def _inspect(
     trainer: QTargetSFTTrainer, row: dict[str, Any], configs: Sequence[QTargetConfig], alternatives: int
 ) -> dict[str, Any] | None:
     """The data of one example; None if no token of it is labelled."""
-    inputs = trainer._prepare_inputs(trainer.data_collator([row]))
+    has_prior = trainer.prior_choice.objective.uses_prior
+    first, by_method = _Tokens(alternatives), []
+    observed = [Observed(_REFERENCE.objective(has_prior), partial(_note_policy, first, has_prior))]
+    for config in configs:
+        choice, found = trainer.prior_of(config), _Tokens(alternatives)
+        # The policy itself stands in for the starting weights and for an earlier state, as at the first step.
+        own = choice.objective.uses_prior and choice.kind is not trainer.prior_choice.kind
+        observed.append(Observed(choice.objective, partial(_note_target, found, first), own))
+        by_method.append(found.values)
+    inputs = trainer.observe(row, observed)
+    if inputs is None:
+        return None
     tokens = inputs["input_ids"][0].tolist()
     if "attention_mask" in inputs:
         tokens = tokens[: int(inputs["attention_mask"][0].sum())]  # of `pad_to_multiple_of`
-    if not (inputs["labels"][0, 1:] != -100).any():
-        return None
-    base = trainer._request(inputs)
-    base.sequence_ids = sequences_of(inputs)
-    has_prior = base.prior is not None
-    first, by_method, observed = _Tokens(alternatives), [], []
-    for config in configs:
-        objective = config.objective(has_prior=True)
-        lagged = config.prior_source == "lagged" and trainer.qtarget_config.prior_source != "lagged"
-        found = _Tokens(alternatives)
-        # Without a prior the policy is its own, which is what `base` and `lagged` are at the first step.
-        own = objective.uses_prior and (lagged or not has_prior)
-        observed.append(Observed(objective, partial(_note_target, found, first), own))
-        by_method.append(found.values)
-    objective, observer = _REFERENCE.objective(has_prior), partial(_note_policy, first, has_prior)
-    model = trainer.model_wrapped if trainer.is_in_train else trainer.model
-    # Without gradients none is computed, and the loss itself is thrown away. In the precision of a training.
-    with trainer.accelerator.autocast():
-        model(**inputs, qtarget=replace(base, objective=objective, observer=observer, observed=observed))
     if any(math.isnan(value) for value in first.values["nll"]):
         raise ValueError("`model` gives NaN: there is nothing to show of it.")
     # A position predicts the next token; virtual tokens stand before the text.
@@ -352,14 +346,15 @@ def _titles(configs: Sequence[QTargetConfig]) -> list[str]:
 
 
 def _describe(config: QTargetConfig, title: str, trainer: QTargetSFTTrainer) -> dict[str, Any]:
-    row, reference = config.row, trainer._prior_description
-    uses = config.objective(has_prior=True).uses_prior
-    if not uses:
+    row, choice = config.row, trainer.prior_of(config)
+    if choice.kind is PriorKind.NONE:
         prior = None
-    elif config.prior_source == "lagged" and trainer.qtarget_config.prior_source != "lagged":
+    elif choice.kind is trainer.prior_choice.kind:
+        prior = choice.title or "the policy itself"
+    elif choice.kind is PriorKind.LAGGED:
         prior = "an earlier state of the policy; here the policy itself"
     else:
-        prior = reference or "the policy itself"
+        prior = "the policy itself"
     return {
         "name": _name(config),
         "title": title,

@@ -1,4 +1,4 @@
-"""Where the prior's hidden states come from: another model, the base under the adapters, or earlier weights.
+"""The contract of a prior: where its hidden states come from, and when it is told of a step.
 
 All priors see the very inputs of the policy (packed position ids, images), run without gradients, dropout or gradient
 checkpointing, and hand out hidden states and a head; the fused loss does the rest.
@@ -7,16 +7,14 @@ checkpointing, and hand out hidden states and a head; the fused loss does the re
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
-from ..loss.head import PriorStates, head_of
-from .shards import reshard
+from ..loss.head import PriorStates
 
 
 def base_model_of(model: nn.Module) -> PreTrainedModel:
@@ -58,9 +56,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 class Prior:
-    """A frozen or slowly moving distribution. `description` says in words which one."""
-
-    description = ""
+    """A frozen or slowly moving distribution."""
 
     def states(self, inputs: Mapping[str, Any]) -> PriorStates:
         """Hidden states and head for the policy's inputs (labels and loss arguments are left out)."""
@@ -84,34 +80,14 @@ class Prior:
         """Read what `save` wrote."""
 
 
-class ModelPrior(Prior):
-    """Another model: a reference model, a teacher, or a frozen copy. `model` is `causal_model` in its wrapper."""
+class PriorCallback(TrainerCallback):
+    """Tells a prior when training begins, and about every optimiser step."""
 
-    def __init__(self, model: nn.Module, causal_model: PreTrainedModel, description: str = "the reference model"):
-        self.model, self.causal_model, self.description = model, causal_model, description
+    def __init__(self, prior: Prior):
+        self.prior = prior
 
-    def states(self, inputs: Mapping[str, Any]) -> PriorStates:
-        with torch.no_grad():
-            hidden = self.model(**inputs, final_hidden=True).last_hidden_state
-        reshard(self.causal_model)
-        return PriorStates(hidden, partial(head_of, self.causal_model))
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.prior.start(state.global_step)
 
-
-class AdapterOffPrior(Prior):
-    """The base weights under a PEFT adapter: the policy's own model, adapters off. Costs no memory for weights."""
-
-    description = "the base weights (adapters off)"
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def states(self, inputs: Mapping[str, Any]) -> PriorStates:
-        with inference(self.model), self.model.disable_adapter():
-            hidden = backbone_states(self.model, inputs)
-            head = head_of(base_model_of(self.model))
-        return PriorStates(hidden, lambda: head)
-
-    def request(self, inputs: Mapping[str, Any]) -> Callable[[], PriorStates]:
-        # It runs within the policy's forward. So ZeRO-3 sees one pass whose order of modules never changes: a pass of
-        # its own would invalidate the recorded order, and with it the prefetching, in every step.
-        return partial(self.states, inputs)
+    def on_step_end(self, args, state, control, **kwargs):
+        self.prior.after_step(state.global_step)

@@ -11,7 +11,6 @@ import torch
 from accelerate.utils import is_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from ..files import replacing
 from ..gemm import Head
@@ -41,8 +40,6 @@ class LaggedPrior(Prior):
         self, model: nn.Module, wrapped: Callable[[], nn.Module], sync_steps: int, decay: float | None = None
     ):
         self.model, self.wrapped, self.sync_steps, self.decay = model, wrapped, sync_steps, decay
-        average = f", moving average with decay {decay}" if decay else ""
-        self.description = f"the policy's own weights, synced every {sync_steps} optimiser steps{average}"
         self.parts: dict[str, Tensor] = {}
 
     def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -122,16 +119,3 @@ class LaggedPrior(Prior):
                 f"`{path}` holds other parameters than those being trained: resume with the same model and adapters."
             )
         self.parts = {name: scatter(parameters[name], whole).clone() for name, whole in saved.items()}
-
-
-class PriorCallback(TrainerCallback):
-    """Tells a prior when training begins, and about every optimiser step."""
-
-    def __init__(self, prior: Prior):
-        self.prior = prior
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.prior.start(state.global_step)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.prior.after_step(state.global_step)

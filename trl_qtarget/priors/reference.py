@@ -1,8 +1,11 @@
-"""Reference models: which one a target needs, how it is loaded, and how it is placed beside the policy."""
+"""Another model as the prior: a reference model, a teacher, or a frozen copy; how it is loaded and placed."""
 
 import copy
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -12,49 +15,23 @@ from trl import SFTConfig
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path
 
-from ..loss.head import add_target_head
+from ..loss.head import PriorStates, add_target_head, head_of
 from ..target.checks import check_vocabulary
-from ..target.config import QTargetConfig
-from .base import ModelPrior, base_model_of
-from .shards import in_zero3, whole_shape
+from .base import Prior, base_model_of
+from .shards import reshard, whole_shape
 
 
-# Of PEFT's LoRA: what each puts into the adapter, it takes from the weights.
-_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+class ModelPrior(Prior):
+    """Another model: a reference model, a teacher, or a frozen copy. `model` is `causal_model` in its wrapper."""
 
+    def __init__(self, model: nn.Module, causal_model: PreTrainedModel):
+        self.model, self.causal_model = model, causal_model
 
-def check_reference(config: QTargetConfig, model: Any, ref_model: Any) -> None:
-    """Raise early, before any data is prepared, where the configuration and `ref_model` do not fit together."""
-    if not isinstance(ref_model, str | nn.Module | None):
-        raise ValueError(f"`ref_model` must be a path or a loaded model, got `{type(ref_model).__name__}`.")
-    models = [base_model_of(each) for each in (model, ref_model) if isinstance(each, nn.Module)]
-    if len(models) == 2 and models[0] is models[1]:
-        raise ValueError(
-            "`ref_model` is the model being trained, so it would move with it: pass a second instance or a path, or "
-            "`ref_model=None` with `prior='base'` for the starting weights."
-        )
-    if ref_model is None and config.prior_source == "model":
-        raise ValueError(
-            f"{config.label} needs a reference model and `ref_model` is None: pass a path or a loaded model, or "
-            "choose `prior='base'` or `prior='lagged'`."
-        )
-
-
-def uses_reference(config: QTargetConfig) -> bool:
-    """Whether a given reference model would serve as the prior."""
-    return config.objective(has_prior=True).uses_prior and config.prior_source != "lagged"
-
-
-def check_base(model: nn.Module) -> None:
-    """Raise where the weights under a PEFT adapter are not those of a model of their own."""
-    for name, config in model.peft_config.items():
-        init = getattr(config, "init_lora_weights", True)
-        if isinstance(init, str) and init.startswith(_INITS_THAT_CHANGE_THE_BASE):
-            raise ValueError(
-                f"`init_lora_weights={init!r}` of the adapter {name!r} moves a part of the base weights into the "
-                "adapter, so the model without it is not the base model: pass the base model's path as `ref_model`, "
-                "or choose another initialisation, or `prior='policy'`."
-            )
+    def states(self, inputs: Mapping[str, Any]) -> PriorStates:
+        with torch.no_grad():
+            hidden = self.model(**inputs, final_hidden=True).last_hidden_state
+        reshard(self.causal_model)
+        return PriorStates(hidden, partial(head_of, self.causal_model))
 
 
 def load_reference(
@@ -73,11 +50,6 @@ def load_reference(
 
 def starting_copy(policy: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
     """A second set of the policy's weights, of before any training. Frozen ones are shared where none is sharded."""
-    if in_zero3(policy):
-        raise ValueError(
-            "`prior='base'` copies the starting weights, and ZeRO-3 has already sharded those of `model`: pass a path "
-            "as `model`, or the path of the starting weights as `ref_model`."
-        )
     sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
     shared = [] if sharded else [parameter for parameter in policy.parameters() if not parameter.requires_grad]
     model = copy.deepcopy(policy, {id(parameter): parameter for parameter in shared})
@@ -85,9 +57,7 @@ def starting_copy(policy: PreTrainedModel, accelerator: Accelerator) -> PreTrain
     return model
 
 
-def reference_prior(
-    ref_model: PreTrainedModel, policy: nn.Module, accelerator: Accelerator, description: str = "the reference model"
-) -> ModelPrior:
+def reference_prior(ref_model: PreTrainedModel, policy: nn.Module, accelerator: Accelerator) -> ModelPrior:
     """Freeze a reference model, teach it to hand out hidden states, and shard it where the policy is sharded."""
     causal_model = base_model_of(ref_model)
     vocabularies = [
@@ -97,7 +67,7 @@ def reference_prior(
     ref_model.requires_grad_(False)
     ref_model.eval()
     add_target_head(causal_model)
-    return ModelPrior(_place(ref_model, accelerator), causal_model, description)
+    return ModelPrior(_place(ref_model, accelerator), causal_model)
 
 
 def _place(ref_model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:

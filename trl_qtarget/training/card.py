@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from ..files import replacing
 from ..target.config import QTargetConfig
@@ -10,16 +9,6 @@ from ..target.config import QTargetConfig
 
 _VERSIONS = "### Framework versions"
 _HEADING = "### Training target"
-
-
-def describe_prior(prior: Any, ref_model: Any) -> str | None:
-    """Where the prior comes from, with the reference model's name where it has one."""
-    if prior is None:
-        return None
-    name = (
-        ref_model if isinstance(ref_model, str) else getattr(getattr(ref_model, "config", None), "_name_or_path", "")
-    )
-    return f"{prior.description} (`{Path(name).name if Path(name).is_dir() else name}`)" if name else prior.description
 
 
 def target_section(config: QTargetConfig, prior: str | None) -> str:

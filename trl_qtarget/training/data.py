@@ -6,7 +6,7 @@ TRL prepares, truncates and packs `input_ids` and `labels` only. Where a target 
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -63,6 +63,15 @@ def check_batch(key: str, values: Any, labels: Tensor, label: str) -> None:
         )
     if values.dtype.is_floating_point and not (torch.isfinite(values) & (values >= 0)).all():
         raise ValueError(f"`data_collator` gave `{key}` with a weight that is negative, NaN or infinite: use >= 0.")
+
+
+def sequences_of(inputs: Mapping[str, Any]) -> Tensor:
+    """Which document each token of a batch belongs to, `[B, T]`: one per row, but for padding-free batches."""
+    if "attention_mask" not in inputs and "position_ids" in inputs:
+        # The collator flattens rows into one, and starts each document at position 0.
+        return (inputs["position_ids"] == 0).cumsum(-1)
+    labels = inputs["labels"]
+    return torch.arange(labels.size(0), device=labels.device)[:, None].expand_as(labels)
 
 
 def check_weights(weights: Any, tokens: int, column: str, row: Any) -> list[float]:

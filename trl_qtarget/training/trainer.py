@@ -3,35 +3,30 @@
 import inspect
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType, is_peft_model
+from accelerate.utils import DistributedType
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from ..loss.choice import check_kernel
-from ..loss.head import NextTokens, QTargetOutput, TargetRequest, add_target_head
-from ..priors.base import AdapterOffPrior, Prior, base_model_of
-from ..priors.lagged import LaggedPrior, PriorCallback
-from ..priors.reference import (
-    check_base,
-    check_reference,
-    load_reference,
-    reference_prior,
-    starting_copy,
-    uses_reference,
-)
-from ..priors.shards import in_zero3
+from ..loss.head import IGNORE_INDEX, NextTokens, Observed, QTargetOutput, TargetRequest, add_target_head
+from ..priors.base import PriorCallback, base_model_of, inference
+from ..priors.build import build_prior
+from ..priors.choice import PolicyFacts, PriorChoice, check_models, choose_prior
 from ..target.config import QTargetConfig
-from .card import add_target, describe_prior
+from ..target.methods import Objective
+from .card import add_target
 from .checkpoints import check_checkpoint, last_whole_checkpoint
 from .data import (
     SEQUENCES_KEY,
@@ -41,8 +36,10 @@ from .data import (
     check_batch,
     check_column,
     prepare_with_columns,
+    sequences_of,
 )
 from .metrics import local_sums, target_means
+from .resolve import resolve_config
 
 
 logger = get_logger(__name__)
@@ -90,9 +87,10 @@ class QTargetSFTTrainer(SFTTrainer):
     ):
         given = inspect.signature(SFTTrainer.__init__).bind(self, model, args, *sft_args, **sft_kwargs).arguments
         self.qtarget_config = resolve_config(qtarget_config, args, given.get("compute_loss_func"))
-        check_reference(self.qtarget_config, model, ref_model)
-        self._token_columns = _token_columns(self.qtarget_config, given)
-        self._model_path = model if isinstance(model, str) else None
+        check_models(model, ref_model)
+        self._policy_facts, self._ref_model = PolicyFacts.of(model, given.get("peft_config")), ref_model
+        self.prior_choice = self.prior_of(self.qtarget_config)
+        self._token_columns = _token_columns(self.qtarget_config, self.prior_choice.objective, given)
 
         super().__init__(model, args, *sft_args, **sft_kwargs)
 
@@ -107,51 +105,29 @@ class QTargetSFTTrainer(SFTTrainer):
         if self._token_columns and type(self.data_collator) is DataCollatorForLanguageModeling:
             self.data_collator = TokenColumnCollator.extending(self.data_collator, self._token_columns)
         add_target_head(base_model_of(self.model))
-        self._prior = self._choose_prior(ref_model)
-        self._prior_description = describe_prior(self._prior, ref_model)
-        self._objective = self.qtarget_config.objective(has_prior=self._prior is not None)
+        self._prior = build_prior(
+            self.prior_choice, self.model, lambda: self.model_wrapped, self.args, self.accelerator
+        )
+        if self._prior is not None:
+            self.add_callback(PriorCallback(self._prior))
+        self._announce_prior()
         self._totals: dict[str, Tensor] = {}
         self._new_tokens: Tensor | int = 0
 
-    def _choose_prior(self, ref_model: "str | PreTrainedModel | None") -> Prior | None:
-        config = self.qtarget_config
-        if ref_model is not None and not uses_reference(config):
-            logger.warning(f"`ref_model` is not used by {config.label} and was left alone.")
-            ref_model = None
-        if ref_model is not None and config.prior == "base":
-            logger.warning("`prior='base'` is overridden: the given `ref_model` is the prior.")
-        prior = self._make_prior(ref_model)
-        if prior is not None:
-            self.add_callback(PriorCallback(prior))
-            logger.info(f"{config.label}: the prior is {prior.description}.")
-        elif config.prior == "auto" and config.objective(has_prior=True).uses_prior:
-            logger.warning(
-                f"{config.label}: no reference model and no PEFT base, so the prior is the policy's own distribution. "
-                "Pass `ref_model`, or `prior='base'` for the starting weights; `prior='policy'` silences this."
-            )
-        return prior
+    def prior_of(self, config: QTargetConfig) -> PriorChoice:
+        """The prior that a target has with this trainer's policy and reference model.
 
-    def _make_prior(self, ref_model: "str | PreTrainedModel | None") -> Prior | None:
-        """The prior that the configuration names; None where it is the policy itself, or none is needed."""
-        config = self.qtarget_config
-        if not config.objective(has_prior=True).uses_prior:
-            return None
-        if isinstance(ref_model, str):
-            ref_model = load_reference(ref_model, self.model, self.args, self.accelerator)
-        if ref_model is not None:
-            return reference_prior(ref_model, self.model, self.accelerator)
-        if config.prior_source == "lagged":
-            return LaggedPrior(self.model, lambda: self.model_wrapped, config.sync_steps, config.prior_sync_decay)
-        if is_peft_model(self.model):
-            check_base(self.model)
-            return AdapterOffPrior(self.model)
-        if config.prior_source == "base":
-            if self._model_path is not None and in_zero3(self.model):  # sharded while it was loaded
-                copy = load_reference(self._model_path, self.model, self.args, self.accelerator, same_model=True)
-            else:
-                copy = starting_copy(self.model, self.accelerator)
-            return reference_prior(copy, self.model, self.accelerator, "the starting weights (a frozen copy)")
-        return None
+        Raises:
+            ValueError: the target lacks the prior that it needs, or cannot have the one that it names.
+        """
+        return choose_prior(config, self._policy_facts, self._ref_model)
+
+    def _announce_prior(self) -> None:
+        choice, label = self.prior_choice, self.qtarget_config.label
+        for warning in choice.warnings:
+            logger.warning(warning)
+        if choice.words:
+            logger.info(f"{label}: the prior is {choice.words}.")
 
     # --- data ---
 
@@ -159,6 +135,10 @@ class QTargetSFTTrainer(SFTTrainer):
         if not self._token_columns:
             return super()._prepare_dataset(*args, **kwargs)
         return prepare_with_columns(super()._prepare_dataset, self._token_columns, *args, **kwargs)
+
+    def prepare_rows(self, dataset: Dataset, name: str) -> Dataset:
+        """Examples in any format of TRL, prepared as the training data is, but not packed."""
+        return self._prepare_dataset(dataset, self.processing_class, self.args, False, self._formatting_func, name)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -178,7 +158,7 @@ class QTargetSFTTrainer(SFTTrainer):
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         with _explaining_truncated_images(self.args.max_length):
-            request = self._request(inputs)
+            request = self.target_request(inputs)
             outputs = model(**inputs, qtarget=request, num_items_in_batch=num_items_in_batch)
         loss = self._scaled(outputs, num_items_in_batch)
         self._record(outputs, inputs)
@@ -191,12 +171,20 @@ class QTargetSFTTrainer(SFTTrainer):
         with torch.no_grad():
             return loss, model(**{key: value for key, value in inputs.items() if key != "labels"})
 
-    def _request(self, inputs: dict[str, Any]) -> TargetRequest:
-        """What the loss needs beside the model's inputs; takes its own columns out of them."""
+    def target_request(self, inputs: dict[str, Any]) -> TargetRequest:
+        """What the loss needs beside the model's inputs, from a batch as the data collator makes it.
+
+        Takes the columns that are no inputs of the model out of the batch; a prior that needs a pass of its own has
+        run when this returns.
+
+        Raises:
+            ValueError: the batch lacks a column that the target reads, or it does not fit the labels.
+        """
+        objective = self.prior_choice.objective
         weights, sequences = inputs.pop(WEIGHTS_KEY, None), inputs.pop(SEQUENCES_KEY, None)
         if self.qtarget_config.uses_token_weights:
             check_batch(WEIGHTS_KEY, weights, inputs["labels"], self.qtarget_config.label)
-        if self._objective.trust.per_sequence:
+        if objective.trust.per_sequence:
             sequences = sequences_of(inputs) if sequences is None else sequences
             check_batch(SEQUENCES_KEY, sequences, inputs["labels"], self.qtarget_config.label)
         prior, next_tokens = None, NextTokens.of(inputs["labels"])
@@ -204,8 +192,36 @@ class QTargetSFTTrainer(SFTTrainer):
             prior = self._prior.request({key: value for key, value in inputs.items() if key not in _POLICY_ALONE})
         config = self.qtarget_config
         return TargetRequest(
-            self._objective, prior, weights, sequences, config.chunk_tokens, config.kernel, next_tokens=next_tokens
+            objective, prior, weights, sequences, config.chunk_tokens, config.kernel, next_tokens=next_tokens
         )
+
+    def observe(self, row: dict[str, Any], observed: Sequence[Observed]) -> dict[str, Any] | None:
+        """Show what targets ask for in one example, by the very loss that trains toward them. Nothing is trained.
+
+        Args:
+            row: a tokenised example, as `prepare_rows` returns them.
+            observed: the targets, and for each what is called with every block of its tokens.
+
+        Returns:
+            The batch `[1, T]` that was made of the example; None if no token of it is labelled.
+        """
+        inputs = self._prepare_inputs(self.data_collator([row]))
+        if not (inputs["labels"][0, 1:] != IGNORE_INDEX).any():
+            return None
+        request = self.target_request(inputs)
+        first, *others = observed
+        request = replace(
+            request,
+            objective=first.objective,
+            observer=first.observer,
+            sequence_ids=sequences_of(inputs),
+            observed=others,
+        )
+        model = self.model_wrapped if self.is_in_train else self.model
+        # Without gradients none is computed, and the loss itself is thrown away. In the precision of a training.
+        with inference(self.model), self.accelerator.autocast():
+            model(**inputs, qtarget=request)
+        return inputs
 
     def _scaled(self, outputs: QTargetOutput, num_items_in_batch: Tensor | int | None) -> Tensor:
         """The loss as `Trainer` expects it, by TRL's rules for averaging over ranks and accumulation steps."""
@@ -287,7 +303,7 @@ class QTargetSFTTrainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            add_target(Path(self.args.output_dir) / "README.md", self.qtarget_config, self._prior_description)
+            add_target(Path(self.args.output_dir) / "README.md", self.qtarget_config, self.prior_choice.title)
             # Beside the card, for whatever is pushed while training goes on.
             self.qtarget_config.save_pretrained(self.args.output_dir)
 
@@ -316,31 +332,7 @@ class QTargetSFTTrainer(SFTTrainer):
             self._prior.load(checkpoint)
 
 
-def resolve_config(config: Any, args: SFTConfig | None, compute_loss_func: Any = None) -> QTargetConfig:
-    """The target that the two configurations name together; contradictions are refused."""
-    loss_type = getattr(args, "loss_type", None)
-    if config is None and loss_type == "dft":
-        config = "dft"
-    config = QTargetConfig.coerce(config)
-    if loss_type == "dft" and config.method != "dft":
-        raise ValueError(
-            f"`loss_type='dft'` in the `SFTConfig` contradicts `qtarget_config` ({config.label}): leave `loss_type` "
-            "at its default, or set `method='dft'`."
-        )
-    if getattr(args, "label_smoothing_factor", 0):
-        raise ValueError(
-            "`label_smoothing_factor` in the `SFTConfig` would replace the target: set it to 0 and use "
-            f"`QTargetConfig('label_smoothing', lam={args.label_smoothing_factor})`."
-        )
-    if compute_loss_func is not None:
-        raise ValueError(
-            "`compute_loss_func` would replace the target: remove it, or register your objective with "
-            "`register_trust` and `register_residual`."
-        )
-    return config
-
-
-def _token_columns(config: QTargetConfig, given: dict[str, Any]) -> TokenColumns:
+def _token_columns(config: QTargetConfig, objective: Objective, given: dict[str, Any]) -> TokenColumns:
     """The per-token columns that the target needs, checked against the datasets."""
     args, weights = given.get("args"), None
     if config.uses_token_weights:
@@ -350,7 +342,7 @@ def _token_columns(config: QTargetConfig, given: dict[str, Any]) -> TokenColumns
         datasets |= evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
         check_column(weights, {name: dataset for name, dataset in datasets.items() if dataset is not None})
     packed = bool(getattr(args, "packing", False) or getattr(args, "eval_packing", False))
-    documents = packed and config.objective(has_prior=True).trust.per_sequence
+    documents = packed and objective.trust.per_sequence
     return TokenColumns(weights, documents)
 
 
@@ -380,12 +372,3 @@ def _refuse_what_cannot_work(accelerator: Accelerator) -> None:
             "`fsdp_version=1` flattens the parameters of the LM head, which `QTargetSFTTrainer` reads by themselves: "
             "set `fsdp_version: 2` in the Accelerate configuration."
         )
-
-
-def sequences_of(inputs: Mapping[str, Any]) -> Tensor:
-    """Which document each token of a batch belongs to, `[B, T]`: one per row, but for padding-free batches."""
-    if "attention_mask" not in inputs and "position_ids" in inputs:
-        # The collator flattens rows into one, and starts each document at position 0.
-        return (inputs["position_ids"] == 0).cumsum(-1)
-    labels = inputs["labels"]
-    return torch.arange(labels.size(0), device=labels.device)[:, None].expand_as(labels)

@@ -1,0 +1,53 @@
+"""The prior that was chosen, made: loaded, frozen and placed beside the policy."""
+
+from collections.abc import Callable
+
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+from trl import SFTConfig
+
+from .adapters_off import AdapterOffPrior
+from .base import Prior
+from .choice import PriorChoice, PriorKind
+from .lagged import LaggedPrior
+from .reference import load_reference, reference_prior, starting_copy
+from .shards import in_zero3
+
+
+def build_prior(
+    choice: PriorChoice,
+    policy: PreTrainedModel,
+    wrapped: Callable[[], nn.Module],
+    args: SFTConfig,
+    accelerator: Accelerator,
+) -> Prior | None:
+    """The prior of a choice; None where nothing but the policy runs.
+
+    Args:
+        choice: what `choose_prior` decided.
+        policy: the policy, loaded and perhaps with adapters, before any wrapper.
+        wrapped: called for the policy in its wrapper, which the trainer makes later.
+        args: how a model is loaded from a path.
+        accelerator: where models are placed.
+
+    Raises:
+        ValueError: the reference model does not fit the policy.
+    """
+    match choice.kind:
+        case PriorKind.NONE | PriorKind.POLICY:
+            return None
+        case PriorKind.LAGGED:
+            return LaggedPrior(policy, wrapped, choice.sync_steps, choice.sync_decay)
+        case PriorKind.ADAPTERS_OFF:
+            return AdapterOffPrior(policy)
+        case PriorKind.REFERENCE:
+            model = choice.reference
+            if isinstance(model, str):
+                model = load_reference(model, policy, args, accelerator)
+        case PriorKind.STARTING_COPY:
+            if in_zero3(policy):  # sharded while it was loaded
+                model = load_reference(choice.starting_path, policy, args, accelerator, same_model=True)
+            else:
+                model = starting_copy(policy, accelerator)
+    return reference_prior(model, policy, accelerator)
