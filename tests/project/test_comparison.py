@@ -275,7 +275,7 @@ def test_store_refuses_results_of_other_settings(tmp_path):
 def test_two_studies_cannot_write_into_one_folder(tmp_path):
     command = [sys.executable, "-m", "method_comparison", "--results", str(tmp_path)]
     store = Store(tmp_path, settings.load())
-    refused = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    refused = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
     assert refused.returncode == 2
     assert "a study is already writing into" in refused.stderr
     store.add({"phase": TUNE, "key": "this one still can"})
