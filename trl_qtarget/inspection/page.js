@@ -1,7 +1,6 @@
-// What the page does; parts.js stands before it in the same script.
+// What the page does; parts.js and suspicious.js stand before it in the same script.
 
 const LEVELS = 10;
-const ROWS = 200;
 
 let method = 0;
 let chosen = null; // {e, j}: the example, and the index into its scored tokens.
@@ -196,8 +195,6 @@ const columns = (cell) =>
 const heading = (title, ...more) => make("tr", { class: "part" },
   make("th", { colspan: data.methods.length + 1, scope: "colgroup" }, title, ...more));
 
-const tokenOr = (id, none) => (id === null ? none : token(id));
-
 function showPanel() {
   const { e, j } = chosen;
   const example = data.examples[e];
@@ -275,112 +272,6 @@ function drawSummary() {
         make("div", {}, described(data.methods[m]))),
       make("dl", {}, ...facts(means.map(([term, key]) => [term, format(each.mean[key])]))), pair));
   });
-}
-
-// --- Suspicious labels -----------------------------------------------------------------------------------------
-
-const words = (node) => make("button", { type: "button" }, node);
-const TOKEN_COLUMNS = [
-  { key: "label", title: "label", words: true, cell: (row) => words(token(row.id)) },
-  { key: "e", title: "example", cell: (row) => make("bdi", {}, data.examples[row.e].name) },
-  { key: "suspicion", title: "suspicion" },
-  { key: "trust", title: "trust γ" },
-  { key: "nll", title: "NLL" },
-  { key: "entropy", title: "entropy" },
-  { key: "p", title: "p(y)" },
-  { key: "preferred", title: "preferred", words: true, cell: (row) => tokenOr(row.preferredId, "–") },
-];
-const EXAMPLE_COLUMNS = [
-  { key: "e", title: "example", words: true, cell: (row) => words(make("bdi", {}, data.examples[row.e].name)) },
-  { key: "suspicion", title: "suspicion" },
-  { key: "trust", title: "mean γ" },
-  { key: "nll", title: "mean NLL" },
-];
-
-// What is missing stays last in both directions.
-function compare(a, b, way) {
-  if (a === null || b === null) return (a === null) - (b === null);
-  return a === b ? 0 : a < b ? -way : way;
-}
-
-function rowsTable(table, kinds) {
-  const state = { rows: [], key: "suspicion", descending: true, shown: ROWS };
-  const more = make("button", { type: "button", class: "more" }, "");
-  const heads = kinds.map(({ key, title, words: left }) =>
-    make("th", { scope: "col", class: left ? "words" : null },
-      make("button", { type: "button", "data-key": key }, title)));
-  const body = make("tbody");
-  table.classList.add("rows");
-  table.append(make("thead", {}, make("tr", {}, ...heads)), body);
-  table.parentElement.after(more);
-
-  function show() {
-    state.rows.sort((a, b) => compare(a[state.key], b[state.key], state.descending ? -1 : 1));
-    heads.forEach((head, i) => {
-      const sorted = kinds[i].key === state.key ? (state.descending ? "descending" : "ascending") : null;
-      if (sorted) head.setAttribute("aria-sort", sorted);
-      else head.removeAttribute("aria-sort");
-    });
-    body.replaceChildren(...state.rows.slice(0, state.shown).map((row) => {
-      const line = make("tr", {}, ...kinds.map(({ key, words: left, cell }) =>
-        make("td", { class: left ? "words" : null }, cell ? cell(row) : format(row[key]))));
-      line.place = { e: row.e, j: row.j };
-      return line;
-    }));
-    const left = state.rows.length - state.shown;
-    more.hidden = left <= 0;
-    more.textContent = `${Math.min(left, ROWS)} more of ${left}`;
-  }
-  table.addEventListener("click", (event) => {
-    const key = event.target.closest("th button")?.dataset.key;
-    const place = event.target.closest("tr")?.place;
-    if (place) jump(place);
-    if (!key) return;
-    state.descending = key === state.key ? !state.descending : !["label", "e", "preferred"].includes(key);
-    state.key = key;
-    show();
-  });
-  more.addEventListener("click", () => {
-    state.shown += ROWS;
-    show();
-  });
-  return { state, set: (rows) => { Object.assign(state, { rows, shown: ROWS }); show(); } };
-}
-
-const tokenTable = rowsTable(byId("suspicious-tokens"), TOKEN_COLUMNS);
-const exampleTable = rowsTable(byId("suspicious-examples"), EXAMPLE_COLUMNS);
-
-function showSuspicious() {
-  const [tokens, wholes] = [[], []];
-  data.examples.forEach((example, e) => {
-    const { suspicion, trust } = example.methods[method];
-    example.scored.forEach((_, j) => {
-      const [id, preferredId] = [example.alternatives[j][0], preferredOf(example.methods[method], j)];
-      tokens.push({ e, j, id, preferredId, label: word(id), preferred: preferredId === null ? null : word(preferredId),
-        suspicion: suspicion[j], trust: trust[j], nll: example.nll[j], entropy: example.entropy[j],
-        p: example.p[j][0] });
-    });
-    const order = suspicion.map((x, j) => [x, j]).sort((a, b) => b[0] - a[0]).slice(0, 3);
-    if (order.length) {
-      const suspected = mean(order.map(([x]) => x));
-      wholes.push({ e, j: order[0][1], suspicion: suspected, trust: mean(trust), nll: mean(example.nll) });
-    }
-  });
-  tokenTable.set(tokens);
-  exampleTable.set(wholes);
-}
-
-function exportRows() {
-  const name = names[method];
-  const lines = tokenTable.state.rows.map(({ e, j, label, suspicion, trust, nll }) => {
-    const { name: example, scored, methods } = data.examples[e];
-    const place = { example, position: scored[j], token: label, method: name };
-    const preferred = word(methods[method].preferred[j]);
-    return JSON.stringify({ ...place, suspicion, trust, nll, preferred }) + "\n";
-  });
-  const address = URL.createObjectURL(new Blob(lines, { type: "application/jsonl" }));
-  make("a", { href: address, download: `suspicious-labels-${name.replace(/[^\w.-]+/g, "_")}.jsonl` }).click();
-  setTimeout(() => URL.revokeObjectURL(address), 10000);
 }
 
 // --- Everything together ---------------------------------------------------------------------------------------

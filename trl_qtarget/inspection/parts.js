@@ -81,6 +81,7 @@ function glyphs(text, flowing = false) {
 }
 const word = (id) => data.vocabulary[id] ?? "";
 const token = (id) => make("bdi", { class: "glyphs", dir: "auto" }, ...glyphs(word(id)));
+const tokenOr = (id, none) => (id === null ? none : token(id));
 const spoken = (id) => pieces(word(id)).map(([shown]) => shown).join("");
 
 function described({ knobs, prior, arxiv }) {

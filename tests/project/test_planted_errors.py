@@ -8,7 +8,7 @@ import pytest
 
 
 pytest.importorskip("reasoning_gym")
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 import itertools
 
@@ -56,5 +56,5 @@ def test_judging_a_ranking():
 
 
 def test_documentation_holds_the_measured_table():
-    page = Path(__file__).parents[1] / "docs" / "howto" / "inspect.md"
+    page = Path(__file__).parents[2] / "docs" / "howto" / "inspect.md"
     assert table(read_results(RESULTS / "planted_errors.csv")) in page.read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from training import TRL_BEFORE_1_15, warm_model
 
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "multi_node"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "multi_node"
 
 
 @pytest.fixture

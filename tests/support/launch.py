@@ -41,7 +41,7 @@ def _remove_stale_locks() -> None:
 def environment() -> dict[str, str]:
     """Of a job on CPU processes: one thread each, this checkout's package, no progress bars."""
     _remove_stale_locks()
-    paths = [str(_HERE.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(_HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),

@@ -58,7 +58,7 @@ def test_page_of_several_methods_with_a_teacher(folder, tmp_path, capsys):
     assert {row["method"] for row in rows} == {"dft"}
 
 
-RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 ON_CPU = {"use_cpu": True, "bf16": False, "dtype": "float32"}
 
 

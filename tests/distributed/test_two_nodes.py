@@ -11,7 +11,7 @@ from test_scale import check
 
 
 CELLS = [Cell("dft"), Cell("asft", "base", True)]
-CELLS_SCRIPT = str(Path(__file__).parent / "cells.py")
+CELLS_SCRIPT = str(Path(__file__).parents[1] / "support" / "cells.py")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from launch import accelerate_launch, finish, start, torchrun
 from training import worst
 
 
+SCRIPT = str(Path(__file__).parents[1] / "support" / "interrupted.py")
 # AdamW has a state that has to come back; the lagged prior of these runs has moved when they are killed.
 _OPTIONS = {"optim": "adamw_torch", "learning_rate": 0.02, "adam_epsilon": 1e-3}
 PRIORS = {
@@ -32,7 +33,7 @@ TOLERANCE = 1e-6
 def run_all(runs: list[Interruption], folder: Path, command: list[str], backend: str = "") -> None:
     file, log = folder / "runs.json", folder / "log.txt"
     file.write_text(json.dumps([asdict(run) for run in runs]))
-    finish(start([*command, str(Path(__file__).parent / "interrupted.py"), str(file), backend], log), log)
+    finish(start([*command, SCRIPT, str(file), backend], log), log)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from trl_qtarget.target.residual import RESIDUALS
 from trl_qtarget.target.trust import TRUSTS
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 BLOCKS = [

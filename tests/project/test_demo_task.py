@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_a_task_with_nothing_to_hold_out(monkeypatch):

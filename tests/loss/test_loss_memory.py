@@ -74,3 +74,18 @@ def test_memory_of_the_loss(name, chunk_bytes):
     # A chunk of the policy's logits, one of the prior's, and about one more in blocks; see `docs/design.md`.
     expected = 1 + config.objective(has_prior=True).uses_prior
     assert expected < memory.peak / chunk_bytes < expected + 1.2
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"), [(80e9, 2**29), (9e9, 2**29), (8e9, 2**28), (3e9, 2**27), (0.2e9, 2**26)]
+)
+def test_a_chunk_on_a_gpu_is_small_beside_what_is_free(free, expected, monkeypatch):
+    chunks._cuda_chunk_bytes.cache_clear()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free / 2), 100e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(free))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: int(free / 2))
+    device = torch.device("cuda", 0)
+    assert chunks.chunk_elements(device, torch.float32, 1) == expected // 4
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 100e9))  # asked once: it stays what it was
+    assert chunks.chunk_elements(device, torch.float32, 2) == expected // 8
+    chunks._cuda_chunk_bytes.cache_clear()

@@ -45,6 +45,11 @@ def warm_model(make: Callable[[], PreTrainedModel] = tiny.model, steps: int = 20
     return copy.deepcopy(_warm_model(make, steps)).eval()
 
 
+def other_model() -> PreTrainedModel:
+    """A model that has learned something else."""
+    return warm_model(steps=12)
+
+
 # Before 1.15, TRL's losses had no auxiliary loss in "dft", did not average it over accumulation steps, and scored
 # prompt learning otherwise: there they are no truth to compare with.
 TRL_BEFORE_1_15 = Version(trl.__version__) < Version("1.15")

@@ -11,7 +11,7 @@ import pytest
 import trl_qtarget
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 TRAINING = """
@@ -87,7 +87,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "trl_qtarget").rglob("*.py")}
     page = (ROOT / "trl_qtarget" / "inspection").glob("*.*")
     files = {str(path.relative_to(ROOT)) for path in page if path.suffix in (".html", ".css", ".js")}
-    assert len(files) == 4
+    assert len(files) == 5
     assert modules | files | {"trl_qtarget/py.typed"} == {name for name in names if ".dist-info/" not in name}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

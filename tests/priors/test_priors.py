@@ -12,6 +12,7 @@ from training import (
     first_batch,
     loss_and_gradients,
     make_trainer,
+    other_model,
     train_target,
     trainable,
     warm_model,
@@ -27,10 +28,6 @@ BASE = QTargetConfig("asft", prior="base")
 
 def lora(**options):
     return LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **options)
-
-
-def other_model():
-    return warm_model(steps=12)
 
 
 def wide_model():

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 import evaluate
 

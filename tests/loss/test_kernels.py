@@ -1,6 +1,5 @@
 """The Triton kernels equal the published formulas and the plain kernel. They run in Triton's interpreter, on a CPU."""
 
-import logging
 import math
 from dataclasses import replace
 
@@ -15,11 +14,9 @@ from rounding import HALF, NAMES, arguments_of, assert_no_worse, fused, publishe
 from test_exactness import FREE_CASES, METHOD_CASES, SHAPES, TOLERANCE, case_id, check_linear, free_knobs
 from test_loss_memory import PeakMemory
 from test_precision import importance_slack
-from training import train_target
 
 from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss, register_residual, register_trust
-from trl_qtarget.gemm import Head
-from trl_qtarget.loss import choice, chunks
+from trl_qtarget.loss import choice
 from trl_qtarget.loss.chunks import STATISTICS
 from trl_qtarget.loss.kernels import fold, folded, gradient
 from trl_qtarget.loss.kernels.plain import PlainKernel
@@ -301,103 +298,3 @@ def test_nothing_of_the_size_of_the_logits_is_made_beside_them(name):
     buffers = 1 + config.objective(has_prior=True).uses_prior
     gradients = 2 * weight.nbytes
     assert buffers * scored * vocabulary * 4 <= memory.peak < (buffers + 0.2) * scored * vocabulary * 4 + gradients
-
-
-# --- the choice ---
-
-
-def batch_of(config: QTargetConfig, head: str = "plain"):
-    """Arguments of a batch, as the fused loss makes them."""
-    problem = make_problem(8, 37, 6, 4, head=head)
-    objective = config.objective(has_prior=True)
-    given = problem.head
-    return {
-        "objective": objective,
-        "head": Head(problem.weight, None, given.get("logit_scale", 1.0), given.get("logit_softcap")),
-        "hidden": problem.hidden,
-        "labels": problem.labels,
-        "prior_head": Head(problem.prior_weight) if objective.uses_prior else None,
-        "prior_hidden": problem.prior_hidden if objective.uses_prior else None,
-        "token_weights": problem.token_weights,
-        "sequence_ids": problem.sequence_ids,
-        "chunk_tokens": None,
-        "observer": None,
-    }
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_kernels_agree_before_they_are_used(name):
-    state = torch.get_rng_state()
-    for head in HEADS:
-        batch = batch_of(QTargetConfig(name), head)
-        assert choice.disagreement(batch, folded.FoldingKernel(batch["objective"])) is None
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(choice, "_at_home", lambda device: True)
-    monkeypatch.setattr(choice, "_agreed", {})
-    choice._warn.cache_clear()
-
-
-def test_auto_takes_triton_where_it_is_at_home_and_right(as_on_a_gpu, monkeypatch):
-    tried = []
-    check = choice.disagreement
-    monkeypatch.setattr(choice, "disagreement", lambda *arguments: tried.append(1) or check(*arguments))
-    batch = batch_of(QTargetConfig("target_sft"))
-    assert [choice.make_kernel("auto", batch).name for _ in range(3)] == ["triton"] * 3
-    assert len(tried) == 1
-    assert choice.make_kernel("torch", batch).name == "torch"
-    assert choice.make_kernel("auto", batch_of(QTargetConfig("gem"))).name == "triton" and len(tried) == 2
-
-
-@pytest.mark.parametrize("fault", ["wrong statistic", "wrong gradient", "no compiler"])
-def test_auto_falls_back_with_one_warning(as_on_a_gpu, fault, monkeypatch, caplog):
-    if fault == "wrong statistic":
-        monkeypatch.setattr(folded.FoldedPolicy, "entropy", property(lambda self: self.tile.label_probs))
-    elif fault == "wrong gradient":
-        monkeypatch.setattr(gradient, "COEFFICIENTS", 3)
-        monkeypatch.setattr(folded.FoldingKernel, "slope", lambda self, head, logits: (1.01, 0.0))
-    else:
-        monkeypatch.setattr(folded.FoldingKernel, "tile", lambda *arguments: 1 / 0)
-    with caplog.at_level(logging.WARNING, logger="trl_qtarget"):
-        for name in ("target_sft", "target_sft", "asft"):
-            assert choice.make_kernel("auto", batch_of(QTargetConfig(name))).name == "torch"
-    words = {"wrong statistic": "`entropy`", "wrong gradient": "the gradient of", "no compiler": "ZeroDivisionError"}
-    assert [words[fault] in record.message for record in caplog.records] == [True]
-
-
-def test_a_cpu_takes_the_plain_kernel():
-    assert choice.make_kernel("auto", batch_of(QTargetConfig("target_sft"))).name == "torch"
-
-
-def test_triton_where_it_cannot_run(monkeypatch):
-    monkeypatch.setattr(choice, "_interpreted", lambda: False)
-    hidden, weight, labels = torch.randn(2, 3), torch.randn(5, 3), torch.tensor([0, 1])
-    with pytest.raises(ValueError, match="`kernel='triton'` does not run on cpu: choose `kernel='auto'`"):
-        linear_qtarget_loss(hidden, weight, labels, QTargetConfig("sft", kernel="triton"))
-    with pytest.raises(ValueError, match="`kernel='triton'` does not run on cpu"):
-        train_target(QTargetConfig("sft", kernel="triton"))
-    monkeypatch.setattr(choice, "_installed", lambda: False)
-    with pytest.raises(ValueError, match="`kernel='triton'` needs Triton: pip install triton"):
-        linear_qtarget_loss(hidden, weight, labels, QTargetConfig("sft", kernel="triton"))
-    assert linear_qtarget_loss(hidden, weight, labels, "sft").loss > 0
-
-
-# --- the size of a chunk ---
-
-
-@pytest.mark.parametrize(
-    ("free", "expected"), [(80e9, 2**29), (9e9, 2**29), (8e9, 2**28), (3e9, 2**27), (0.2e9, 2**26)]
-)
-def test_a_chunk_on_a_gpu_is_small_beside_what_is_free(free, expected, monkeypatch):
-    chunks._cuda_chunk_bytes.cache_clear()
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free / 2), 100e9))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(free))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: int(free / 2))
-    device = torch.device("cuda", 0)
-    assert chunks.chunk_elements(device, torch.float32, 1) == expected // 4
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 100e9))  # asked once: it stays what it was
-    assert chunks.chunk_elements(device, torch.float32, 2) == expected // 8
-    chunks._cuda_chunk_bytes.cache_clear()

@@ -10,15 +10,12 @@ from training import (
     first_batch,
     loss_and_gradients,
     make_trainer,
+    other_model,
     train_target,
     warm_model,
 )
 
 from trl_qtarget import QTargetConfig, QTargetSFTTrainer
-
-
-def other_model():
-    return warm_model(steps=12)
 
 
 def trainer_of(method, dataset=None, **arguments) -> QTargetSFTTrainer:

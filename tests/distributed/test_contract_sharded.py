@@ -11,7 +11,7 @@ from sharded_contracts import CONTRACTS
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("contracts")
-    script = str(Path(__file__).parent / "sharded_contracts.py")
+    script = str(Path(__file__).parents[1] / "support" / "sharded_contracts.py")
     log = folder / "log.txt"
     finish(start([*torchrun(), script, str(folder / "outcomes.json")], log), log)
     return json.loads((folder / "outcomes.json").read_text())

@@ -9,7 +9,7 @@ import pytest
 
 
 pytest.importorskip("bitsandbytes")
-sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "examples")]
+sys.path += [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "examples")]
 
 import memory
 import qlora

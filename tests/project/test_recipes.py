@@ -16,7 +16,7 @@ from trl_qtarget.cli.launch import main as launch
 from trl_qtarget.cli.sft import make_parser
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").rglob("*.yaml"))
 PAPER = [recipe for recipe in RECIPES if recipe.parent.name == "paper"]
 # What keeps the GPU's options away from a CPU.
@@ -73,7 +73,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-# QLoRA's NF4 on a CPU wants wider models, and tests/test_qlora.py trains it; ZeRO-3 takes processes (test_cli.py).
+# QLoRA's NF4 on a CPU wants wider models, and test_qlora.py trains it; ZeRO-3 takes processes (test_cli.py).
 TRAINED = [
     recipe for recipe in RECIPES if recipe.stem in ("drop_in", "full_zero3", "numina_qwen3-1.7b", "medical_qwen2.5-7b")
 ]
