@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..target.config import QTargetConfig
-from ..target.methods import METHODS, Method, designs_of, find_method, knobs_of, unit_scale
+from ..target.methods import METHODS, find_method
+from ..target.objective import Method, designs_of, knobs_of
+from ..target.values import unit_scale
 from .options import suggestion
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..gemm import Head, has_mixed_gemm, operand_dtype
-from ..target.methods import Objective
+from ..target.objective import Objective
 from .chunks import Batch, Kernel
 from .kernels.plain import PlainKernel
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .. import gemm
 from ..gemm import Head
-from ..target.methods import Objective, TokenTarget
+from ..target.objective import Objective
 from ..target.tile import Embeddings, LabelStatistics, Tile
+from ..target.token_target import TokenTarget
 
 
 # Logits of a chunk, each of the policy's and the prior's: 256 MiB in float32. Large enough for full-speed products

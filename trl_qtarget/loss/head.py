@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..gemm import Head
-from ..target.methods import Objective
+from ..target.objective import Objective
 from .linear import LinearQTargetOutput, Observer, fused_loss
 
 

@@ -21,7 +21,8 @@ from ..target.checks import (
     check_vocabulary,
 )
 from ..target.config import QTargetConfig
-from ..target.methods import Objective, TokenTarget
+from ..target.objective import Objective
+from ..target.token_target import TokenTarget
 from .choice import make_kernel
 from .chunks import Batch
 

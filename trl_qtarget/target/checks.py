@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .methods import Objective
+from .objective import Objective
 
 
 def check_labels(labels: Tensor, rows: int, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import replacing
-from .methods import METHODS, Method, Objective, designs_of, find_method, knobs_of, make_objective
+from .methods import METHODS, find_method
+from .objective import Method, Objective, designs_of, knobs_of, make_objective
 from .registry import KNOBS, Range
 
 

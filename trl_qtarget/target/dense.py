@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .checks import check_embeddings, check_labels, check_per_token, check_token_weights, check_vocabulary
 from .config import QTargetConfig
-from .methods import Objective, TokenTarget
+from .objective import Objective
 from .tile import Embeddings, LabelStatistics, Tile, finite
+from .token_target import TokenTarget
 
 
 class Target(NamedTuple):
@@ -96,13 +97,6 @@ def _token_target(
     return objective, objective.target(tile, trust), scored
 
 
-def _target_probs(target: TokenTarget) -> Tensor:
-    """Q `[n, V]` of the scored tokens: `γ δ(y) + π̃⁺ - γ π̃⁻`."""
-    trust = target.trust[:, None]
-    probs = target.positive.probs - trust * target.negative.probs
-    return probs.scatter_add(1, target.tile.labels[:, None], trust)
-
-
 def build_target(
     logits: Tensor,
     labels: Tensor,
@@ -137,7 +131,7 @@ def build_target(
         logits, labels, config, prior_logits, token_weights, sequence_ids, embeddings, ignore_index
     )
     probs = torch.softmax(_to_statistics_dtype(logits.detach()), dim=-1)
-    probs[scored] = _target_probs(target)
+    probs[scored] = target.probs()
     scale = probs.new_zeros(len(labels))
     scale[scored] = target.scale
     return Target(probs, scale)
@@ -171,7 +165,7 @@ def qtarget_loss(
     )
     log_probs = _log_probs(logits[scored])
     with torch.no_grad():
-        probs, value = _target_probs(target), objective.value(target)
+        probs, value = target.probs(), objective.value(target)
         weights = -target.scale[:, None] * probs
     # The gradient is that of the cross-entropy to the detached target; the value is the publication's.
     losses = _ValueWithGradient.apply(log_probs, weights, value)

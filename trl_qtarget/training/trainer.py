@@ -25,7 +25,7 @@ from ..priors.base import PriorCallback, base_model_of, inference
 from ..priors.build import build_prior
 from ..priors.choice import PolicyFacts, PriorChoice, check_models, choose_prior
 from ..target.config import QTargetConfig
-from ..target.methods import Objective
+from ..target.objective import Objective
 from .card import add_target
 from .checkpoints import check_checkpoint, last_whole_checkpoint
 from .data import (

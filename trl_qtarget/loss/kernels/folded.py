@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...gemm import Head, has_mixed_gemm
-from ...target.methods import Objective, TokenTarget
+from ...target.objective import Objective
 from ...target.tile import Embeddings, Measure, Tile, entropy_of, finite, floor_of, mixed, top_values
+from ...target.token_target import TokenTarget, parts_of
 from . import fold, gradient
 
 
@@ -183,8 +184,7 @@ def mixture_of(objective: Objective) -> tuple[float, float] | None:
         found = objective.residual(_Recorder(not objective.uses_prior), objective.knobs)
     except Exception:  # a user's function may do anything with what it is given
         return None
-    pair = found if isinstance(found, tuple) and isinstance(found[0], tuple) else (found,)
-    shares = {shares for shares in pair if shares != (1.0, 0.0)}
+    shares = {part.measure for part in parts_of(found)} - {(1.0, 0.0)}
     if len(shares) != 1:
         return None
     (policy, prior) = shares.pop()

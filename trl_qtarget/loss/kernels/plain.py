@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ...gemm import Head
-from ...target.methods import Objective, TokenTarget
+from ...target.objective import Objective
 from ...target.tile import Embeddings, Tile, finite
+from ...target.token_target import TokenTarget
 
 
 # Logits worked on at a time between two products. On a CPU this block stays in the cache through all passes over it.
