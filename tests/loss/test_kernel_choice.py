@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from formulas import HEADS, make_problem
+from problems import HEADS, make_problem
 from training import train_target
 
 from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss

@@ -9,7 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from formulas import FORMULAS, HEADS, free_formula, make_problem, relative_error
+from designs import free_formula
+from formulas import FORMULAS
+from problems import HEADS, make_problem, relative_error
 from rounding import HALF, NAMES, arguments_of, assert_no_worse, fused, published, results, truth_of
 from test_exactness import FREE_CASES, METHOD_CASES, SHAPES, TOLERANCE, case_id, check_linear, free_knobs
 from test_loss_memory import PeakMemory

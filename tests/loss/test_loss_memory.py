@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from formulas import make_problem
+from problems import make_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from formulas import FORMULAS, RESIDUAL_FORMULAS, TRUST_FORMULAS, free_formula, make_problem
+from designs import RESIDUAL_FORMULAS, TRUST_FORMULAS, free_formula
+from formulas import FORMULAS
+from problems import make_problem
 from rounding import HALF, NAMES, arguments_of, assert_no_worse, fused, logits_of, published, results, truth_of
 from torch import Tensor
 

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from formulas import FORMULAS, Problem, free_formula
+from designs import free_formula
+from formulas import FORMULAS
+from problems import Problem
 from torch import Tensor
 
 from trl_qtarget import QTargetConfig, linear_qtarget_loss, qtarget_loss

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from formulas import FORMULAS, IGNORE, Problem, make_problem, relative_error
+from formulas import FORMULAS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import IGNORE, Problem, make_problem, relative_error
 
 from trl_qtarget import QTargetConfig, build_target, linear_qtarget_loss, qtarget_loss
 

@@ -49,6 +49,7 @@ class Objective:
     value: Callable[[TokenTarget], Tensor]
     knobs: dict[str, float]
     prior_is_policy: bool
+    progress: float = 1.0
 
     @property
     def uses_prior(self) -> bool:
@@ -57,6 +58,7 @@ class Objective:
 
     def token_trust(self, tile: Tile | LabelStatistics) -> Tensor:
         """γ of the tokens of a tile, or of all tokens for a per-sequence trust."""
+        tile.progress = self.progress
         trust = self.trust(tile, self.knobs).to(tile.label_log_probs.dtype)
         _check_shape("trust", self.trust, trust, tile.label_log_probs)
         return trust

@@ -61,6 +61,13 @@ def entropy_of(logits: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
+def without(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """Log-probabilities `[n, V]` of a distribution without the label, renormalised among the other tokens."""
+    floor = floor_of(log_probs.dtype)
+    others = log_probs.scatter(1, labels[:, None], floor)
+    return finite(torch.log_softmax(others, dim=-1, out=others), in_place=True)
+
+
 def sequence_means(values: Tensor, sequence_ids: Tensor | None) -> Tensor:
     """Replace each of `values[N]` by the mean over its sequence; without `sequence_ids[N]` all are one sequence."""
     if sequence_ids is None:
@@ -111,8 +118,12 @@ class Measure:
         return self.log_probs.exp()
 
     @cached_property
+    def label_log_probs(self) -> Tensor:
+        return self.log_probs.gather(1, self.labels[:, None]).squeeze(1)
+
+    @property
     def label_probs(self) -> Tensor:
-        return self.log_probs.gather(1, self.labels[:, None]).squeeze(1).exp()
+        return self.label_log_probs.exp()
 
     @cached_property
     def entropy(self) -> Tensor:
@@ -170,6 +181,7 @@ class Tile:
         labels: `[n]`, the observed tokens.
         prior_logits: `[n, V]`, logits of the prior, up to a constant per row; without them the prior is the policy.
         token_weights: `[n]` or None, the dataset's per-token weights.
+        progress: share of the training that is done, from 0 to 1.
         output_embeddings: the output embeddings, or None; `embeddings` is their matrix.
         reuse_buffers: whether `prior_logits` may be overwritten by its own log-softmax.
     """
@@ -180,6 +192,7 @@ class Tile:
     token_weights: Tensor | None = None
     output_embeddings: Embeddings | None = None
     reuse_buffers: bool = field(default=False, repr=False)
+    progress: float = 1.0
 
     def __post_init__(self):
         if self.prior_logits is None:
@@ -256,6 +269,33 @@ class Tile:
     def prior_is_top1(self) -> Tensor:
         """`[n]`, whether the label is the prior's most probable token."""
         return self.prior_logits.argmax(dim=-1) == self.labels
+
+    @cached_property
+    def rank(self) -> Tensor:
+        """`[n]`, how many tokens are at least as probable as the label, itself included (arXiv 2602.01745)."""
+        return (self.log_probs >= self.label_log_probs[:, None]).sum(-1).to(self.log_probs.dtype)
+
+    @cached_property
+    def margin(self) -> Tensor:
+        """`[n]`, by how much the label's logit exceeds that of the best other token; large for one token alone."""
+        others = self.log_probs.scatter(1, self.labels[:, None], floor_of(self.log_probs.dtype))
+        return self.label_log_probs - others.amax(-1)
+
+    @cached_property
+    def collision(self) -> Tensor:
+        """`[n]`, Σ_v p_v², the probability that two draws from the policy agree."""
+        return torch.linalg.vecdot(self.probs, self.probs)
+
+    @cached_property
+    def largest_prob(self) -> Tensor:
+        """`[n]`, the policy's largest probability."""
+        return self.log_probs.amax(-1).exp()
+
+    @cached_property
+    def prior_mass_below(self) -> Tensor:
+        """`[n]`, Σ_v π_prior(v) over the tokens that the prior finds less probable than the label."""
+        below = self.prior_log_probs < self.prior_label_log_probs[:, None]
+        return torch.where(below, self.prior_log_probs.exp(), 0.0).sum(-1)
 
     def top_k_entropy(self, k: int) -> Tensor:
         """`[n]`, entropy of the `k` most probable tokens, renormalised among themselves, divided by `ln k`.

@@ -24,7 +24,7 @@ def parts_of(residual: Any) -> tuple[Part, ...]:
     """The parts of what a residual returns: one measure π̃, a pair (π̃⁺, π̃⁻), or parts as they are."""
     if isinstance(residual, Sequence) and residual and isinstance(residual[0], Part):
         return tuple(residual)
-    if isinstance(residual, tuple) and len(residual) == 2 and not isinstance(residual[0], int | float):
+    if isinstance(residual, tuple) and len(residual) == 2 and not isinstance(residual[0], float):
         positive, negative = residual
         return (Part(positive, 1.0, 0.0), Part(negative, 0.0, -1.0))
     return (Part(residual, 1.0, -1.0),)

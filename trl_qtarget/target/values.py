@@ -6,7 +6,7 @@ A value has the gradient `s (p - Q)` wherever it is differentiable, but its heig
 import torch
 from torch import Tensor
 
-from .registry import NonNegative
+from .registry import NonNegative, Positive
 from .tile import Tile
 from .token_target import TokenTarget
 
@@ -33,12 +33,11 @@ def probability_anchor_scale(tile: Tile, *, lam: NonNegative = 0.05) -> Tensor:
 
 
 def cross_entropy(target: TokenTarget) -> Tensor:
-    """s · CE(Q, p), without the mass that the target leaves with the policy: CE(sg[p], p) has no gradient."""
+    """s · CE(Q, p), without what the first part leaves with the policy: CE(sg[p], p) has no gradient."""
     value = target.trust * target.nll
-    for part in target.parts:
-        # What is taken away, as in `gem`, stays in the value, also where it is taken from the policy (beta = 1).
-        if part.measure is not target.tile.policy or not part.constant:
-            value = value + target.share(part) * part.measure.cross_entropy
+    first, *others = target.parts
+    for part in others if first.measure is target.tile.policy else target.parts:
+        value = value + target.share(part) * part.measure.cross_entropy
     return target.scale * value
 
 
@@ -59,3 +58,35 @@ def clipped_ratio_loss(target: TokenTarget, *, epsilon: NonNegative = 0.28) -> T
     """-min(r, 1 + epsilon), r = p_y/π_prior(y). (The lower clip of PPO never acts on a positive advantage.)"""
     ratio = (target.tile.label_log_probs - target.tile.prior_label_log_probs).exp()
     return -ratio.clamp(max=1 + epsilon)
+
+
+def collision_loss(target: TokenTarget) -> Tensor:
+    """(1 - p_y^c)/c, c = sg[Σ_v p_v²]."""
+    collision = target.tile.collision
+    return -torch.expm1(collision * target.tile.label_log_probs) / collision
+
+
+def tempered_label_loss(target: TokenTarget, *, beta: Positive = 0.8) -> Tensor:
+    """-γ beta log softmax(z/beta)_y."""
+    return -target.trust * beta * target.parts[-1].measure.label_log_probs
+
+
+def spared_divergence(target: TokenTarget) -> Tensor:
+    """γ NLL + lam KL(π̄‖p̄), prior and policy without the label, over all or some of the other tokens."""
+    _, prior, policy = target.parts
+    kl = torch.linalg.vecdot(prior.measure.probs, prior.measure.log_probs - policy.measure.log_probs)
+    return target.trust * target.nll + prior.constant * kl
+
+
+def spared_cross_entropy(target: TokenTarget) -> Tensor:
+    """γ NLL + lam CE(π̄, p̄), prior and policy without the label, over some of the other tokens."""
+    _, prior, policy = target.parts
+    value = -torch.linalg.vecdot(prior.measure.probs, policy.measure.log_probs)
+    return target.trust * target.nll + prior.constant * value
+
+
+def ratio_anchor_loss(target: TokenTarget, *, lam: NonNegative = 0.05) -> Tensor:
+    """-sg[p_y] log p_y + lam (ρ - 1 - log ρ), ρ = π_prior(y)/p_y, |log ρ| at most 10."""
+    tile = target.tile
+    log_ratio = (tile.prior_label_log_probs - tile.label_log_probs).clamp(-10, 10)
+    return tile.label_probs * target.nll + lam * (torch.expm1(log_ratio) - log_ratio)

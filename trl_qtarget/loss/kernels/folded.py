@@ -46,12 +46,12 @@ class FoldedMeasure(Measure):
         return mixed(self.tile.log_probs, self.tile.prior_logits, policy, prior)
 
     @cached_property
-    def label_probs(self) -> Tensor:
+    def label_log_probs(self) -> Tensor:
         tile, (policy, prior) = self.tile, self.shares
         label = policy * (tile.row(fold.LABEL_LOGIT) - tile.row(fold.POLICY_MAX))
         if prior:
             label = label + prior * (tile.row(fold.PRIOR_LABEL_LOGIT) - tile.row(fold.PRIOR_MAX))
-        return (label - tile.row(fold.MIXTURE_LOG_SUM)).exp()
+        return label - tile.row(fold.MIXTURE_LOG_SUM)
 
     @cached_property
     def entropy(self) -> Tensor:
@@ -73,8 +73,8 @@ class FoldedPolicy(FoldedMeasure):
         super().__init__(tile, 1.0, 0.0)
 
     @property
-    def label_probs(self) -> Tensor:
-        return self.tile.label_probs
+    def label_log_probs(self) -> Tensor:
+        return self.tile.label_log_probs
 
     @cached_property
     def entropy(self) -> Tensor:
@@ -169,7 +169,8 @@ class _Recorder:
         self.policy = (1.0, 0.0)
 
     def mixture(self, policy: float = 0.0, prior: float = 0.0) -> tuple[float, float]:
-        return (policy + prior, 0.0) if self.prior_is_policy else (policy, prior)
+        shares = (policy + prior, 0.0) if self.prior_is_policy else (policy, prior)
+        return tuple(map(float, shares))
 
     def __getattr__(self, name: str) -> Any:
         raise _Asked(name)
