@@ -105,8 +105,8 @@ def test_method_linear(name, knobs):
 def test_free_combination_dense(trust, residual):
     for knobs in ({}, free_knobs(trust, residual)):
         config = QTargetConfig(method=None, trust=trust, residual=residual, **knobs)
-        for shape in SHAPES:
-            check_dense(make_problem(*shape), free_formula(trust, residual), config, knobs)
+        for shape in SHAPES:  # a knob that both designs have is one number for both
+            check_dense(make_problem(*shape), free_formula(trust, residual), config, config.knobs)
 
 
 @pytest.mark.parametrize(("trust", "residual"), FREE_CASES)
@@ -114,7 +114,7 @@ def test_free_combination_linear(trust, residual):
     for knobs in ({}, free_knobs(trust, residual)):
         for shape, head, chunk_tokens in zip(SHAPES, HEADS, (1, 4, None), strict=True):
             config = QTargetConfig(method=None, trust=trust, residual=residual, chunk_tokens=chunk_tokens, **knobs)
-            check_linear(make_problem(*shape, head=head), free_formula(trust, residual), config, knobs)
+            check_linear(make_problem(*shape, head=head), free_formula(trust, residual), config, config.knobs)
 
 
 @pytest.mark.parametrize("residual", ["prior", "guided"])

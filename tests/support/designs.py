@@ -106,7 +106,9 @@ TRUST_FORMULAS = {
     "margin": lambda x, p, *, beta=1.5, tau=0.8: torch.exp(-((_margin(x) - beta) ** 2) / (2 * tau**2)),
     "capped_probability": lambda x, p, *, tau=0.1: p / p.clamp(min=tau),
     "adaptive_power": lambda x, p, *, beta=1.0: _adaptive(x, p, beta),
-    "ratio_anchor": lambda x, p, *, lam=0.05: p + lam * (_log_ratio(x).abs() <= 10) * ((-_log_ratio(x)).exp() - 1),
+    "ratio_anchor": lambda x, p, *, lam=0.05: (
+        p + lam * torch.where(_log_ratio(x).abs() <= 10, (-_log_ratio(x)).exp() - 1, 0.0)
+    ),
     "shifted_probability": lambda x, p, *, lam=0.05: p - lam,
     "sampled": lambda x, p, *, temperature=1.3, beta=-0.1: (
         (1 - beta) * of_label((x.log_probs / temperature).softmax(-1), x.labels)
@@ -142,13 +144,13 @@ POLICY_SHARES = {
 OTHER_DESIGN_KNOBS = {
     "lam": 0.4,
     "alpha": 0.6,
-    "tau": 0.03,
+    "tau": 0.6,
     "top_k": 3,
     "temperature": 1.7,
     "clip_max": 1.05,
     "epsilon": 0.06,
     "eta": 0.8,
-    "beta": 1.6,
+    "beta": 0.6,
 }
 
 
