@@ -44,8 +44,9 @@ def describe(name: str) -> dict[str, Any]:
         ValueError: no such method.
     """
     row = find_method(name)
-    trust, residual = designs_of(row, None, None)
-    knobs = knobs_of(row, trust, residual)
+    designs = designs_of(row, None, None)
+    trust, residual, _ = designs
+    knobs = knobs_of(row, designs)
     return {
         "method": name,
         "loss": row.loss,

@@ -4,12 +4,20 @@ Meant to study, test and inspect; `linear.py` computes the same without the `[N,
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import check_embeddings, check_labels, check_per_token, check_token_weights, check_vocabulary
+from .checks import (
+    check_embeddings,
+    check_labels,
+    check_per_token,
+    check_progress,
+    check_token_weights,
+    check_vocabulary,
+)
 from .config import QTargetConfig
 from .objective import Objective
 from .tile import Embeddings, LabelStatistics, Tile, finite
@@ -64,11 +72,13 @@ def _token_target(
     sequence_ids: Tensor | None,
     embeddings: Tensor | None,
     ignore_index: int,
+    progress: float,
 ) -> tuple[Objective, TokenTarget, Tensor]:
     """Check the arguments; return the objective, the target of the scored tokens, and their mask `[N]`."""
     if logits.dim() != 2:
         raise ValueError(f"`logits` must have shape [N, V], got {list(logits.shape)}: flatten the leading dimensions.")
     objective = QTargetConfig.coerce(config).objective(has_prior=prior_logits is not None)
+    objective = replace(objective, progress=check_progress(progress))
     labels, scored = check_labels(labels, *logits.shape, ignore_index)
     check_token_weights(token_weights, len(labels), objective)
     check_per_token("sequence_ids", sequence_ids, len(labels))
@@ -107,6 +117,7 @@ def build_target(
     sequence_ids: Tensor | None = None,
     embeddings: Tensor | None = None,
     ignore_index: int = -100,
+    progress: float = 1.0,
 ) -> Target:
     """The target distribution that a configuration makes of these logits (arXiv 2606.11189).
 
@@ -120,6 +131,7 @@ def build_target(
         sequence_ids: `[N]`, which document a token belongs to, for per-sequence trusts; None means one sequence.
         embeddings: `[V, H]`, the output embeddings, for the residual `neighbors`.
         ignore_index: label of tokens that are not scored.
+        progress: share of the training that is done, from 0 to 1, for a target that follows a schedule (`idft`).
 
     Returns:
         `Target(probs=[N, V], scale=[N])`, in float32 (float64 for float64 logits), without gradient.
@@ -128,7 +140,7 @@ def build_target(
         ValueError: an argument is missing, misshapen or out of range.
     """
     _, target, scored = _token_target(
-        logits, labels, config, prior_logits, token_weights, sequence_ids, embeddings, ignore_index
+        logits, labels, config, prior_logits, token_weights, sequence_ids, embeddings, ignore_index, progress
     )
     probs = torch.softmax(_to_statistics_dtype(logits.detach()), dim=-1)
     probs[scored] = target.probs()
@@ -147,6 +159,7 @@ def qtarget_loss(
     sequence_ids: Tensor | None = None,
     embeddings: Tensor | None = None,
     ignore_index: int = -100,
+    progress: float = 1.0,
     reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> Tensor:
     """The loss of a configuration on dense logits: value of the published objective, gradient `s * (p - Q)`.
@@ -161,7 +174,7 @@ def qtarget_loss(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"`reduction={reduction!r}` is unknown: choose 'mean', 'sum' or 'none'.")
     objective, target, scored = _token_target(
-        logits, labels, config, prior_logits, token_weights, sequence_ids, embeddings, ignore_index
+        logits, labels, config, prior_logits, token_weights, sequence_ids, embeddings, ignore_index, progress
     )
     log_probs = _log_probs(logits[scored])
     with torch.no_grad():

@@ -43,7 +43,14 @@ VARIABLES = {
     "log_r": Variable("log r, in nats", lambda tile: tile.prior_label_log_probs, True),
     "H": Variable("entropy of the policy, in nats", lambda tile: tile.policy.entropy),
     "H_prior": Variable("entropy of the prior, in nats", lambda tile: tile.mixture(prior=1.0).entropy, True),
+    "rank": Variable("how many tokens are at least as probable as the label", lambda tile: tile.rank),
+    "margin": Variable("the label's logit minus the best other one", lambda tile: tile.margin),
+    "collision": Variable("Σ p², the probability that two draws from the policy agree", lambda tile: tile.collision),
+    "p_max": Variable("the policy's largest probability", lambda tile: tile.largest_prob),
     "weight": Variable("the dataset's weight of the token", lambda tile: tile.token_weights, False, True),
+    "progress": Variable(
+        "share of the training that is done", lambda tile: torch.full_like(tile.label_log_probs, tile.progress)
+    ),
 }
 # Where a probability may have underflowed, its logarithm has not.
 _LOGARITHMS = {"p": "log_p", "r": "log_r"}
@@ -105,6 +112,11 @@ class _Scope:
 
 
 _Compiled = Callable[[_Scope], Tensor]
+
+
+def is_formula(text: str) -> bool:
+    """Whether a word is meant as a formula, and not as the name of a design."""
+    return isinstance(text, str) and (not text.isidentifier() or text in VARIABLES)
 
 
 class Formula:
@@ -217,9 +229,10 @@ class Formula:
     def _binary(self, node: ast.BinOp, part: Callable[[ast.AST], _Compiled]) -> _Compiled:
         if isinstance(node.op, ast.Pow):
             exponent = node.right.operand if isinstance(node.right, ast.UnaryOp) else node.right
-            if isinstance(exponent, ast.Constant) and isinstance(exponent.value, int | float):
-                if abs(exponent.value) > MAX_EXPONENT:
-                    raise self._wrong(f"`{_shown(node)}` has an exponent beyond {MAX_EXPONENT:g}.")
+            if not any(isinstance(part, ast.Name) for part in ast.walk(exponent)):
+                number = exponent.value if isinstance(exponent, ast.Constant) else None
+                if not isinstance(number, int | float) or abs(number) > MAX_EXPONENT:
+                    raise self._wrong(f"`{_shown(node)}` needs a plain number up to {MAX_EXPONENT:g} as its exponent.")
             if logarithm := self._logarithm_of(node.left):
                 power = part(node.right)
                 return lambda scope: (power(scope) * logarithm(scope)).exp()

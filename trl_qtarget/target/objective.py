@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
+from typing import NamedTuple
 
 from torch import Tensor
 
+from .formula import Formula, is_formula
 from .registry import Design, Knob, read_knobs
 from .residual import RESIDUALS
 from .tile import LabelStatistics, Measure, Tile
@@ -45,16 +47,21 @@ class Objective:
 
     trust: Design
     residual: Design
-    scale: Callable[[Tile], Tensor]
+    scale: Design
     value: Callable[[TokenTarget], Tensor]
     knobs: dict[str, float]
     prior_is_policy: bool
-    progress: float = 1.0
+    progress: float = 1.0  # share of the training that is done, for what follows a schedule
 
     @property
     def uses_prior(self) -> bool:
         """Whether the logits of another distribution than the policy's own are needed."""
-        return not self.prior_is_policy and (self.trust.uses_prior or self.residual.uses_prior)
+        return not self.prior_is_policy and any(design.uses_prior for design in self.designs)
+
+    @property
+    def designs(self) -> "Designs":
+        """Trust, residual and scale."""
+        return Designs(self.trust, self.residual, self.scale)
 
     def token_trust(self, tile: Tile | LabelStatistics) -> Tensor:
         """γ of the tokens of a tile, or of all tokens for a per-sequence trust."""
@@ -65,11 +72,14 @@ class Objective:
 
     def target(self, tile: Tile, trust: Tensor | None = None) -> TokenTarget:
         """The target for a tile; `trust[n]` is given for a per-sequence trust, which was computed beforehand."""
+        tile.progress = self.progress
         parts = parts_of(self.residual(tile, self.knobs))
         if trust is None:
             trust = self.token_trust(tile)
         measured = tuple(part._replace(measure=self._measure(tile, part.measure)) for part in parts)
-        return TokenTarget(tile, trust, self.scale(tile), measured)
+        scale = self.scale(tile, self.knobs).to(trust.dtype)
+        _check_shape("scale", self.scale, scale, tile.label_log_probs)
+        return TokenTarget(tile, trust, scale, measured)
 
     def _measure(self, tile: Tile, residual: Measure | Tensor) -> Measure:
         if isinstance(residual, Measure):
@@ -78,13 +88,42 @@ class Objective:
         return tile.policy if residual is tile.log_probs else tile.measure(residual)
 
 
-def knobs_of(method: Method | None, trust: Design, residual: Design) -> dict[str, Knob]:
-    """The knobs of a method (only those of its row) or of a free combination (all of its two designs).
+class Designs(NamedTuple):
+    """What a target is made of."""
 
-    A knob that two designs share has one value, which has to suit both; the trust's default comes first.
+    trust: Design
+    residual: Design
+    scale: Design
+
+
+def designs_of(method: Method | None, trust: str | None, residual: str | None, scale: str | None = None) -> Designs:
+    """Of a method, or of a free combination by names and formulas.
+
+    Raises:
+        ValueError: a name is unknown, or a formula is none.
+    """
+    if method is not None:
+        return Designs(TRUSTS.find(method.trust), RESIDUALS.find(method.residual), Design("scale", method.scale))
+    found = formula_design("trust", trust) if trust not in TRUSTS and is_formula(trust) else TRUSTS.find(trust)
+    scaled = Design("scale", unit_scale) if scale is None else formula_design("scale", scale)
+    return Designs(found, RESIDUALS.find(residual), scaled)
+
+
+@cache
+def formula_design(argument: str, text: str) -> Design:
+    """The design that a formula is; `argument` is what messages call it."""
+    formula = Formula(text, argument)
+    return Design(text, formula, uses_prior=formula.uses_prior, uses_token_weights=formula.uses_token_weights)
+
+
+def knobs_of(method: Method | None, designs: Designs) -> dict[str, Knob]:
+    """The knobs of a method (only those of its row) or of a free combination (all of its designs).
+
+    A knob that two designs share has one value, which has to suit both; the trust's default comes first. A formula
+    gives its knobs no default.
     """
     declared: dict[str, Knob] = {}
-    functions = [trust.function, residual.function] + ([method.scale, method.value] if method else [])
+    functions = [design.function for design in designs] + ([method.value] if method else [])
     for function in functions:
         for name, knob in read_knobs(function).items():
             first = declared.setdefault(name, knob)
@@ -96,30 +135,17 @@ def knobs_of(method: Method | None, trust: Design, residual: Design) -> dict[str
     return {name: Knob(default, declared[name].range) for name, default in method.knobs.items()}
 
 
-def designs_of(method: Method | None, trust: str | None, residual: str | None) -> tuple[Design, Design]:
-    """Trust and residual of a method, or of a free combination by name."""
-    return TRUSTS.find(method.trust if method else trust), RESIDUALS.find(method.residual if method else residual)
-
-
 def make_objective(
-    method: Method | None, trust: Design, residual: Design, knobs: dict[str, float], prior_is_policy: bool
+    method: Method | None, designs: Designs, knobs: dict[str, float], prior_is_policy: bool
 ) -> Objective:
     """Bind a row or a free combination to its knobs.
 
     A residual that equals the policy with these settings (guided with eta = 0, or guided by the policy itself) becomes
     the residual `policy`: the same gradient, without a second model's logits.
     """
+    trust, residual, scale = designs
     if residual.is_policy(knobs, prior_is_policy):
         residual = RESIDUALS["policy"]
-
-    def bind(function: Callable) -> Callable:
-        return partial(function, **{name: knobs[name] for name in read_knobs(function) if name in knobs})
-
-    return Objective(
-        trust=trust,
-        residual=residual,
-        scale=bind(method.scale if method else unit_scale),
-        value=bind(method.value if method else cross_entropy),
-        knobs=knobs,
-        prior_is_policy=prior_is_policy,
-    )
+    value = method.value if method else cross_entropy
+    bound = {name: knobs[name] for name in read_knobs(value) if name in knobs}
+    return Objective(trust, residual, scale, partial(value, **bound), knobs, prior_is_policy)

@@ -92,6 +92,7 @@ class LabelStatistics:
     prior_label_log_probs: Tensor | None = None
     token_weights: Tensor | None = None
     sequence_ids: Tensor | None = None
+    progress: float = 1.0
 
     @property
     def label_probs(self) -> Tensor:

@@ -201,7 +201,7 @@ class FoldingKernel:
     def __init__(self, objective: Objective):
         self.shares = mixture_of(objective)
         # A trust that reads the prior reads its log-probability of the label.
-        self.prior_sum = objective.trust.uses_prior
+        self.prior_sum = objective.trust.uses_prior or objective.scale.uses_prior
 
     def block_tokens(self, vocabulary: int, device: torch.device) -> int:
         """Any number of tokens: nothing of the vocabulary's size is made between the passes."""
