@@ -44,5 +44,5 @@ def test_before_its_schedule_it_is_dft():
 
 @pytest.mark.parametrize("progress", [-0.1, 1.1, math.nan])
 def test_progress_is_a_share(progress):
-    with pytest.raises(ValueError, match="`progress=.*` must be the share of the training that is done"):
+    with pytest.raises(ValueError, match=r"`progress=.*` must be the share of the training that is done"):
         qtarget_loss(torch.randn(2, 5), torch.tensor([1, 2]), "idft", progress=progress)

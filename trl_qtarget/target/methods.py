@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from .objective import Method
 from .values import (
+    adaptive_power_loss,
     anchor_scale,
     clipped_ratio_loss,
     collision_loss,
@@ -172,6 +173,7 @@ METHODS = MappingProxyType(
         ),
         "idft": Method(
             trust="adaptive_power",
+            value=adaptive_power_loss,
             knobs={"beta": 1.0},
             loss="-sg[p_y^e] log p_y, e = 1 + λ (clip(exp(-(log p_y + H)/beta), 0.1, 2) - 1)",
             source="IDFT",

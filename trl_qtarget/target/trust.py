@@ -211,12 +211,20 @@ def adaptive_power(tile: Tile, *, beta: Positive = 1.0) -> Tensor:
 
     `log p_y + H` is how much more probable the label is than a draw from the policy, on average.
     """
+    log_label = tile.label_log_probs
+    return torch.where(log_label >= IDFT_FLOOR, adaptive_weight(tile, beta), 0.0)
+
+
+# The publication's logarithm stops at p = 1e-10, and its gradient with it.
+IDFT_FLOOR = math.log(1e-10)
+
+
+def adaptive_weight(tile: Tile, beta: float) -> Tensor:
+    """p_y^e with the exponent of `adaptive_power`, p_y no lower than the publication's logarithm goes."""
     begun = min(max((tile.progress - 0.2) / 0.1, 0.0), 1.0)
-    surprise = torch.exp(-(tile.label_log_probs + tile.policy.entropy) / beta).clamp(0.1, 2.0)
-    # The publication's logarithm stops at p = 1e-10, and its gradient with it.
-    return torch.where(
-        tile.label_log_probs >= math.log(1e-10), ((1 + begun * (surprise - 1)) * tile.label_log_probs).exp(), 0.0
-    )
+    log_label = tile.label_log_probs.clamp(min=IDFT_FLOOR)
+    surprise = torch.exp(-(log_label + tile.policy.entropy) / beta).clamp(0.1, 2.0)
+    return ((1 + begun * (surprise - 1)) * log_label).exp()
 
 
 @register_trust("ratio_anchor", uses_prior=True)

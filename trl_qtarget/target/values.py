@@ -9,6 +9,7 @@ from torch import Tensor
 from .registry import NonNegative, Positive
 from .tile import Tile
 from .token_target import TokenTarget
+from .trust import IDFT_FLOOR, adaptive_weight
 
 
 # --- scale: s, one number per token ---
@@ -90,3 +91,8 @@ def ratio_anchor_loss(target: TokenTarget, *, lam: NonNegative = 0.05) -> Tensor
     tile = target.tile
     log_ratio = (tile.prior_label_log_probs - tile.label_log_probs).clamp(-10, 10)
     return tile.label_probs * target.nll + lam * (torch.expm1(log_ratio) - log_ratio)
+
+
+def adaptive_power_loss(target: TokenTarget, *, beta: Positive = 1.0) -> Tensor:
+    """-sg[p^e] log p with the exponent of `adaptive_power`, p = max(p_y, 1e-10)."""
+    return adaptive_weight(target.tile, beta) * target.nll.clamp(max=-IDFT_FLOOR)
