@@ -77,7 +77,38 @@ IDENTITIES = {
     "eaft alpha=0 is sft": (QTargetConfig("eaft", alpha=0.0), "sft", True),
     "distill_hybrid lam=0 is sft": (QTargetConfig("distill_hybrid", lam=0.0), "sft", True),
     "distill_hybrid lam=1 is distill": (QTargetConfig("distill_hybrid", lam=1.0), "distill", False),
+    "tofu alpha=0 is gem": (QTargetConfig("tofu", alpha=0.0, beta=0.8), QTargetConfig("gem", beta=0.8), False),
+    "tofu alpha=0 beta=1 is sft": (QTargetConfig("tofu", alpha=0.0, beta=1.0), "sft", True),
+    "saft lam=1 is dft": (QTargetConfig("saft", lam=1.0), "dft", True),
+    "saft lam=0 is sft": (QTargetConfig("saft", lam=0.0), "sft", True),
+    "mask_target lam=0 is sft": (QTargetConfig("mask_target", lam=0.0), "sft", True),
+    "lp_sft lam=0 is sft": (QTargetConfig("lp_sft", lam=0.0), "sft", True),
+    "lp_sft of the whole vocabulary is mask_target": (QTargetConfig("lp_sft", top_k=10_000), "mask_target", False),
+    "asft_k3 lam=0 is dft": (QTargetConfig("asft_k3", lam=0.0), "dft", True),
+    "asft_k1 lam=0 is dft": (QTargetConfig("asft_k1", lam=0.0), "dft", True),
+    "trsft tau=1 is dft": (QTargetConfig("trsft", tau=1.0), "dft", True),
+    "prift_mass tau=0 is sft": (QTargetConfig("prift_mass", tau=0.0), "sft", True),
+    "otr beta=0 temperature=1 is dft": (QTargetConfig("otr", beta=0.0, temperature=1.0), "dft", True),
 }
+
+
+@pytest.mark.parametrize("beta", [-0.1, 0.4])
+def test_otr_at_temperature_one_is_a_share_of_dft(beta):
+    problem = make_problem(13, 37, 6, 1)
+    found, dft = evaluate(problem, QTargetConfig("otr", beta=beta, temperature=1.0)), evaluate(problem, "dft")
+    assert_same(found, {name: (1 - beta) * value for name, value in dft.items()}, value=False)
+
+
+def test_saft_is_asft_s_trust_made_larger():
+    problem, lam = make_problem(13, 37, 6, 1), 0.25 / 0.75
+    larger = QTargetConfig(method=None, trust="probability_anchor", residual="policy", scale="1 + lam", lam=lam)
+    assert_same(evaluate(problem, larger), evaluate(problem, QTargetConfig("saft", lam=0.25)))
+
+
+def test_gift_tends_to_distill_and_to_sft():
+    problem = make_problem(13, 37, 6, 1)
+    assert_same(evaluate(problem, QTargetConfig("gift", beta=1e-9)), evaluate(problem, "distill"), tolerance=1e-8)
+    assert_same(evaluate(problem, QTargetConfig("gift", beta=200.0)), evaluate(problem, "sft"))
 
 
 @pytest.mark.parametrize("identity", IDENTITIES)
@@ -90,7 +121,14 @@ def test_identity(identity, head):
 
 
 # (method, what it is when its prior is the policy, whether the values agree as well)
-SYNCED = {"psft": ("sft", False), "iw_sft": ("sft", True), "target_sft": ("dft", False)}
+SYNCED = {
+    "psft": ("sft", False),
+    "iw_sft": ("sft", True),
+    "target_sft": ("dft", False),
+    "prift": ("dft", True),
+    "asft_k3": ("dft", True),
+    "mask_target": ("sft", True),
+}
 
 
 @pytest.mark.parametrize("name", SYNCED)

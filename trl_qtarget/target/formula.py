@@ -116,7 +116,8 @@ _Compiled = Callable[[_Scope], Tensor]
 
 def is_formula(text: str) -> bool:
     """Whether a word is meant as a formula, and not as the name of a design."""
-    return isinstance(text, str) and (not text.isidentifier() or text in VARIABLES)
+    # No design has a name so long that a message could not repeat it.
+    return isinstance(text, str) and (not text.isidentifier() or text in VARIABLES or len(text) > MAX_LENGTH)
 
 
 class Formula:

@@ -104,7 +104,7 @@ def designs_of(method: Method | None, trust: str | None, residual: str | None, s
     """
     if method is not None:
         return Designs(TRUSTS.find(method.trust), RESIDUALS.find(method.residual), Design("scale", method.scale))
-    found = formula_design("trust", trust) if trust not in TRUSTS and is_formula(trust) else TRUSTS.find(trust)
+    found = formula_design("trust", trust) if is_formula(trust) and trust not in TRUSTS else TRUSTS.find(trust)
     scaled = Design("scale", unit_scale) if scale is None else formula_design("scale", scale)
     return Designs(found, RESIDUALS.find(residual), scaled)
 

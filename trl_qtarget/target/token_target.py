@@ -46,7 +46,7 @@ class TokenTarget:
     @property
     def residual(self) -> Measure | None:
         """π̃, where `Q = γ δ + (1 - γ) π̃` with one π̃, as in most methods; else None."""
-        (measure, *shares), *others = self.parts
+        (measure, *shares), *others = [part for part in self.parts if part.constant or part.factor]
         return measure if not others and shares == [1.0, -1.0] else None
 
     @property
