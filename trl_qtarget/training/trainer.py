@@ -94,6 +94,8 @@ class QTargetSFTTrainer(SFTTrainer):
 
         super().__init__(model, args, *sft_args, **sft_kwargs)
 
+        # The loss is this package's and takes `num_items_in_batch`, whatever the model's class says of its own.
+        self.model_accepts_loss_kwargs = True
         _refuse_what_cannot_work(self.accelerator)
         check_kernel(self.qtarget_config.kernel, self.accelerator.device)
         # A subclass of TRL's collators is the user's own, and left alone.
