@@ -36,9 +36,16 @@ _LOGGED = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "target/nll", 
 
 
 class Stranger(LlamaForCausalLM):
-    """A Llama of which transformers knows nothing: its name is in no table of losses, and its own loss takes no count."""
+    """A Llama whose class is in none of transformers' tables, and whose own loss takes no `num_items_in_batch`."""
 
     accepts_loss_kwargs = False
+
+    @classmethod
+    def of(cls, llama: LlamaForCausalLM) -> "Stranger":
+        """One with the weights of a Llama."""
+        model = cls(llama.config)
+        model.load_state_dict(llama.state_dict())
+        return model.eval()
 
 
 @dataclass(frozen=True)
@@ -170,7 +177,7 @@ def _models(cell: Cell) -> tuple[PreTrainedModel, PreTrainedModel | None]:
     plain = quantized.plain if cell.policy or cell.reference else warm_model
     policy = quantized.quantized(cell.policy) if cell.policy else plain()
     if cell.stranger:
-        policy.__class__ = Stranger
+        policy = Stranger.of(policy)
     if cell.prior != "model":
         return policy, None
     return policy, quantized.quantized(cell.reference, steps=12) if cell.reference else plain(steps=12)

@@ -3,17 +3,18 @@
 import pytest
 import tiny
 import tiny_vision
+import torch
 from cells import Stranger
 from datasets import Dataset
-from training import SAME, make_trainer, train_target, warm_model, worst
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from training import SAME, first_batch, make_trainer, train_target, warm_model, worst
+from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel
 
-from trl_qtarget import QTargetSFTTrainer
+from trl_qtarget import QTargetConfig, QTargetSFTTrainer
 
 
 def stranger():
-    model = warm_model()
-    model.__class__ = Stranger
-    return model
+    return Stranger.of(warm_model())
 
 
 def of_family(name: str):
@@ -22,8 +23,17 @@ def of_family(name: str):
     return lambda: family.model()
 
 
+def gpt2():
+    """An architecture whose class is not called `...ForCausalLM`."""
+    torch.manual_seed(0)
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes = {"vocab_size": len(tiny.tokenizer()), "n_positions": 256, "n_embd": 16, "n_layer": 2, "n_head": 4}
+    return GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.2, pad_token_id=0, eos_token_id=1, **off))
+
+
 CLASSES = {
     "llama": warm_model,
+    "gpt2": gpt2,
     "stranger": stranger,
     "gemma3": of_family("gemma3"),
     "qwen2_5_vl": of_family("qwen2_5_vl"),
@@ -78,3 +88,107 @@ def test_evaluation_knows_neither_class_nor_accumulation(name):
     plain, accumulated = evaluated(), evaluated(gradient_accumulation_steps=8)
     assert accumulated["eval_loss"] == pytest.approx(plain["eval_loss"], rel=SAME)
     assert plain["eval_loss"] == pytest.approx(plain["eval_target/nll"], rel=SAME)  # one batch
+
+
+# --- what is counted is what is scored ---
+
+PADDING_FREE = {"padding_free": True, "max_length": None}
+LAYOUTS = {
+    "padded": {},
+    "padding_free": PADDING_FREE,
+    "padding_free_multiple": PADDING_FREE | {"pad_to_multiple_of": 64},
+    "packed": {"packing": True, "max_length": 48},
+    "wrapped": {"packing": True, "packing_strategy": "wrapped", "max_length": 24},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["llama", "stranger", "gpt2"])
+def test_the_loss_is_the_nll_for_every_class(name, layout):
+    """transformers counts the first label of a row too, which nothing predicts, for a class that it does not know."""
+    for micro in (1, 2):
+        options = LAYOUTS[layout] | {"gradient_accumulation_steps": micro}
+        run = train_target("sft", model=CLASSES[name](), steps=2, options=options)
+        assert run.column("loss") == pytest.approx(run.column("target/nll"), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "stranger", "gpt2"])
+def test_padded_and_padding_free_are_one_loss(name):
+    padded, free = (
+        train_target("asft", model=CLASSES[name](), ref_model=CLASSES[name](), steps=1, options=options)
+        for options in ({}, PADDING_FREE)
+    )
+    assert free.column("loss") == pytest.approx(padded.column("loss"), rel=1e-5)
+
+
+ADAPTERS = {
+    "full": None,
+    "lora": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "encoder": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16),
+    "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+}
+TARGETS = {
+    "none": {"qtarget_config": "dft"},
+    "policy": {"qtarget_config": QTargetConfig("target_sft", prior="policy")},
+    "base": {"qtarget_config": QTargetConfig("asft", prior="base")},
+    "model": {"qtarget_config": "asft", "ref_model": warm_model},
+    "lagged": {"qtarget_config": QTargetConfig("psft", prior_sync_steps=2)},
+}
+
+
+def counted_and_scored(trainer) -> tuple[int, int]:
+    batch = first_batch(trainer)
+    counted = int(trainer._get_num_items_in_batch([batch], torch.device("cpu")))
+    with torch.no_grad():
+        request = trainer.target_request(batch)
+        return counted, int(trainer.model(**batch, qtarget=request).tokens.scored.sum())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_what_is_counted_is_what_is_scored(adapter, target):
+    """Virtual tokens predict the first token of a row, for the policy and for a prior that has them too."""
+    arguments = {name: value() if callable(value) else value for name, value in TARGETS[target].items()}
+    trainer = make_trainer(
+        QTargetSFTTrainer, tiny.text_dataset(), warm_model(), peft_config=ADAPTERS[adapter], **arguments
+    )
+    counted, scored = counted_and_scored(trainer)
+    assert counted == scored
+    batch = first_batch(trainer)
+    labels, first = (int((part != -100).sum()) for part in (batch["labels"], batch["labels"][:, 0]))
+    virtual = adapter in ("prompt", "encoder") and target in ("none", "policy", "lagged")
+    assert first == len(batch["labels"]) and scored == (labels if virtual else labels - first)
+
+
+@pytest.mark.parametrize("separated", [True, False], ids=["transformers", "of_ones_own"])
+def test_collators_of_others_are_counted_as_scored(separated):
+    """A first label of a document that a collator leaves in is predicted by the document before, and counted."""
+    flatten = DataCollatorWithFlattening(return_tensors="pt")
+
+    def own(examples):
+        batch = flatten(examples)
+        return batch | {"labels": batch["input_ids"].clone()}
+
+    trainer = make_trainer(
+        QTargetSFTTrainer,
+        tiny.text_dataset(),
+        warm_model(),
+        qtarget_config="sft",
+        data_collator=flatten if separated else own,
+    )
+    counted, scored = counted_and_scored(trainer)
+    tokens = first_batch(trainer)["input_ids"].numel()
+    assert counted == scored == tokens - (4 if separated else 1)
+
+
+def test_labels_that_are_shifted_already_are_all_scored():
+    def shifted(examples):
+        ids = torch.tensor([example["input_ids"][:3] for example in examples])
+        labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=7)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "shift_labels": labels}
+
+    trainer = make_trainer(
+        QTargetSFTTrainer, tiny.text_dataset(), warm_model(), qtarget_config="sft", data_collator=shifted
+    )
+    assert counted_and_scored(trainer) == (12, 12)

@@ -21,9 +21,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollato
 
 from ..loss.choice import check_kernel
 from ..loss.head import IGNORE_INDEX, NextTokens, Observed, QTargetOutput, TargetRequest, add_target_head
-from ..priors.base import PriorCallback, base_model_of, inference
+from ..priors.base import PriorCallback, base_model_of, inference, virtual_tokens
 from ..priors.build import build_prior
-from ..priors.choice import PolicyFacts, PriorChoice, check_models, choose_prior
+from ..priors.choice import PolicyFacts, PriorChoice, PriorKind, check_models, choose_prior
 from ..target.config import QTargetConfig
 from ..target.methods import Objective
 from .card import add_target
@@ -35,6 +35,7 @@ from .data import (
     TokenColumns,
     check_batch,
     check_column,
+    count_scored,
     prepare_with_columns,
     sequences_of,
 )
@@ -43,6 +44,9 @@ from .resolve import resolve_config
 
 
 logger = get_logger(__name__)
+
+# Under prompt learning. All others see the text alone.
+_PRIORS_WITH_VIRTUAL_TOKENS = (PriorKind.NONE, PriorKind.POLICY, PriorKind.LAGGED)
 
 # Arguments of the policy's forward that a prior's backbone is not given.
 _POLICY_ALONE = ("labels", "output_router_logits")
@@ -148,6 +152,23 @@ class QTargetSFTTrainer(SFTTrainer):
             self._signature_columns = [*self._signature_columns, *self._token_columns.keys()]
 
     # --- loss ---
+
+    def _get_num_items_in_batch(self, batch_samples: list[Mapping[str, Any]], device: torch.device) -> Tensor | None:
+        """How many labels a step scores: over its accumulation steps and, as TRL averages, over all ranks.
+
+        transformers counts what the model's own loss would score, and knows that by the name of the model's class.
+        """
+        if not batch_samples:
+            return None
+        count = sum(count_scored(batch, self._scores_first_label()) for batch in batch_samples).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            # Under tensor parallelism several ranks count the same batch.
+            count = self.accelerator.gather(count).sum() // self.get_tp_size()
+        return count
+
+    def _scores_first_label(self) -> bool:
+        """Whether something predicts the first token of a row: virtual tokens do, where the prior has them too."""
+        return virtual_tokens(self.model) > 0 and self.prior_choice.kind in _PRIORS_WITH_VIRTUAL_TOKENS
 
     def compute_loss(
         self,
