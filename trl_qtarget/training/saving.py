@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..priors.base import Prior
 from ..priors.choice import PriorChoice
 from ..target.config import QTargetConfig
 from .card import add_target
-from .checkpoints import check_checkpoint, last_whole_checkpoint
+from .checkpoints import check_checkpoint, clear_state, last_whole_checkpoint
 
 
 class CheckpointMixin:
@@ -37,7 +38,8 @@ class CheckpointMixin:
                 the one that the checkpoint was trained toward.
 
         Raises:
-            ValueError: the checkpoint does not exist, is not whole, or was trained toward another target.
+            ValueError: the checkpoint does not exist, is not whole, lacks the state of optimiser, schedule or random
+                numbers, or was trained toward another target.
         """
         if resume_from_checkpoint:
             if resume_from_checkpoint is True:
@@ -58,6 +60,12 @@ class CheckpointMixin:
             add_target(Path(self.args.output_dir) / "README.md", self.qtarget_config, self.prior_choice.title)
             # Beside the card, for whatever is pushed while training goes on.
             self.qtarget_config.save_pretrained(self.args.output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            clear_state(Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        self.accelerator.wait_for_everyone()  # else it could take away what another rank has just written
+        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # PEFT reads adapters as float32, but those of a quantised model are trained in bfloat16: the run would go on
