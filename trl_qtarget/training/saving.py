@@ -57,7 +57,9 @@ class CheckpointMixin:
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            add_target(Path(self.args.output_dir) / "README.md", self.qtarget_config, self.prior_choice.title)
+            choice = self.prior_choice
+            card = Path(self.args.output_dir) / "README.md"
+            add_target(card, self.qtarget_config, choice.words, choice.reference_name)
             # Beside the card, for whatever is pushed while training goes on.
             self.qtarget_config.save_pretrained(self.args.output_dir)
 
