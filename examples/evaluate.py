@@ -8,7 +8,10 @@ samples where it is installed, else transformers. An interrupted evaluation goes
 """
 
 import argparse
+import hashlib
 import json
+import math
+import os
 import re
 import statistics
 from collections.abc import Callable, Iterator
@@ -19,11 +22,16 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
+from huggingface_hub import try_to_load_from_cache
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+
+# Files of a model's folder that decide what it answers; logs, cards and results lie beside them.
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+CONFIGURATIONS = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer.json")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,24 +43,36 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", default="train", help="Split of the dataset; a file has only `train`.")
     parser.add_argument("--problem_column", default="problem", help="Text, or messages that end with the user's.")
     parser.add_argument("--answer_column", default="answer", help="The right answer.")
-    parser.add_argument("--limit", type=int, help="Only so many problems, the first ones.")
-    parser.add_argument("--samples", type=int, default=16, help="Sampled answers to each problem, the k of Average@k.")
+    parser.add_argument("--limit", type=count, help="Only so many problems, the first ones.")
+    parser.add_argument(
+        "--samples", type=count, default=16, help="Sampled answers to each problem, the k of Average@k."
+    )
     parser.add_argument("--temperature", type=float, default=1.0, help="Sampling temperature; 0 is greedy, k = 1.")
     parser.add_argument("--top_p", type=float, default=1.0, help="Nucleus of the sampling; 1 is all of it.")
-    parser.add_argument("--max_new_tokens", type=int, default=2048, help="Longest answer.")
+    parser.add_argument("--max_new_tokens", type=count, default=2048, help="Longest answer.")
     parser.add_argument("--system", help="System message before every problem.")
     parser.add_argument("--judge", choices=list(JUDGES), default="math", help="How an answer is compared.")
     parser.add_argument("--backend", choices=["auto", "transformers", "vllm"], default="auto", help="What samples.")
-    parser.add_argument("--batch_size", type=int, default=16, help="Answers at a time, with transformers.")
+    parser.add_argument("--batch_size", type=count, default=16, help="Answers at a time, with transformers.")
     parser.add_argument("--output", type=Path, default=Path("outputs/evaluation.jsonl"), help="A line per problem.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the sampling.")
     arguments = parser.parse_args(argv)
-    for name in ("samples", "max_new_tokens", "batch_size"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    if not 0 <= arguments.temperature < math.inf:
+        parser.error(f"--temperature {arguments.temperature} must be 0 or more")
+    if not 0 < arguments.top_p <= 1:
+        parser.error(f"--top_p {arguments.top_p} must be in (0, 1]")
+    if not 0 <= arguments.seed < 2**31:
+        parser.error(f"--seed {arguments.seed} must be in [0, 2^31)")
     if arguments.temperature == 0:
         arguments.samples = 1
     return arguments
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, as an argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
+    return int(text)
 
 
 # --- judges: (right answer, generated text) -> bool ---
@@ -91,6 +111,11 @@ class Problem:
     prompt: str
     answer: str
 
+    @property
+    def fingerprint(self) -> str:
+        """Of what was asked and what is right: a line of results belongs to one of these."""
+        return hashlib.sha256(json.dumps([self.prompt, self.answer]).encode()).hexdigest()[:16]
+
 
 def load_problems(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
     path = Path(arguments.dataset)
@@ -104,13 +129,21 @@ def load_problems(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerB
     for name in (arguments.problem_column, arguments.answer_column):
         if name not in rows.column_names:
             raise SystemExit(f"--dataset has no column `{name}`: it has {', '.join(rows.column_names)}.")
-    rows = rows.select(range(min(len(rows), arguments.limit or len(rows))))
-    return [
-        Problem(
-            number, _prompt(row[arguments.problem_column], arguments, tokenizer), str(row[arguments.answer_column])
-        )
-        for number, row in enumerate(rows)
-    ]
+    if arguments.limit is not None:
+        rows = rows.select(range(min(len(rows), arguments.limit)))
+    if not len(rows):
+        raise SystemExit("--dataset has no rows.")
+    return [_problem(number, row, arguments, tokenizer) for number, row in enumerate(rows)]
+
+
+def _problem(
+    number: int, row: dict[str, Any], arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+) -> Problem:
+    for name in (arguments.problem_column, arguments.answer_column):
+        if row[name] is None:
+            raise SystemExit(f"--dataset has nothing in column `{name}` of row {number}.")
+    prompt = _prompt(row[arguments.problem_column], arguments, tokenizer)
+    return Problem(number, prompt, str(row[arguments.answer_column]))
 
 
 def _prompt(problem: Any, arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -192,22 +225,65 @@ def resolve_backend(arguments: argparse.Namespace) -> str:
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What decides an answer; a file of results belongs to one of these."""
+    """What decides an answer beside the problem; a file of results belongs to one of these."""
     left_out = ("output", "batch_size", "limit")
-    return {name: value for name, value in vars(arguments).items() if name not in left_out}
+    settings = {name: value for name, value in vars(arguments).items() if name not in left_out}
+    return settings | {"weights": weights_of(arguments.model)}
 
 
-def read_done(arguments: argparse.Namespace) -> dict[int, dict[str, Any]]:
-    """Whole lines of an earlier evaluation with the same settings; a half-written last line is removed."""
-    if not arguments.output.is_file():
+def weights_of(model: str) -> str | None:
+    """Of a folder, a digest of the files that decide what it answers; of a model on the hub, the commit in use."""
+    folder = Path(model)
+    if not folder.is_dir():
+        found = try_to_load_from_cache(model, "tokenizer_config.json")
+        return Path(found).parent.name if isinstance(found, str) else None
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in WEIGHTS or path.name in CONFIGURATIONS:
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        digest.update(f"base {base and weights_of(base)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def line_of(values: dict[str, Any]) -> str:
+    """A line of JSON in ASCII: characters that some readers take for the end of a line are escaped, as all others."""
+    return json.dumps(values) + "\n"
+
+
+def read_done(arguments: argparse.Namespace, problems: list[Problem]) -> dict[int, dict[str, Any]]:
+    """Whole lines of an earlier evaluation, by the number of the problem; what follows the last of them is removed.
+
+    The file is left with its first line, the settings.
+
+    Raises:
+        SystemExit: the file holds something else, answers of other settings, or answers to other problems.
+    """
+    path, first = arguments.output, line_of(settings_of(arguments)).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if not whole and first.startswith(content):  # killed while it wrote its first line, or before
+        path.write_bytes(first)
         return {}
-    whole, _, rest = arguments.output.read_text(encoding="utf-8").rpartition("\n")
-    lines = [json.loads(line) for line in whole.splitlines()]
-    if not lines or lines[0] != settings_of(arguments):
-        raise SystemExit(f"--output {arguments.output} holds another evaluation: name another file, or remove it.")
-    if rest:
-        arguments.output.write_text(whole + "\n", encoding="utf-8")
-    return {line["number"]: line for line in lines[1:]}
+    if not whole.startswith(first):
+        raise SystemExit(f"--output {path} holds another evaluation: name another file, or remove it.")
+    try:
+        lines = [json.loads(line) for line in whole.decode().split("\n")[1:-1]]
+        done = {line["number"]: line for line in lines}
+    except (ValueError, TypeError, KeyError) as error:
+        raise SystemExit(f"--output {path} has a damaged line ({error}): name another file, or remove it.") from None
+    for problem in problems:
+        if problem.number in done and done[problem.number].get("problem") != problem.fingerprint:
+            raise SystemExit(
+                f"--output {path} holds answers to other problems: that of row {problem.number} has changed since. "
+                "Name another file, or remove it."
+            )
+    os.truncate(path, len(whole))
+    return {problem.number: done[problem.number] for problem in problems if problem.number in done}
 
 
 def report(lines: list[dict[str, Any]], samples: int) -> str:
@@ -227,19 +303,20 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     problems = load_problems(arguments, tokenizer)
     arguments.backend = resolve_backend(arguments)
-    done = read_done(arguments)
+    done = read_done(arguments, problems)
     left = [problem for problem in problems if problem.number not in done]
     sample = sample_vllm if arguments.backend == "vllm" else sample_transformers
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with arguments.output.open("a", encoding="utf-8") as file:
-        if not done:
-            file.truncate(0)
-            file.write(json.dumps(settings_of(arguments)) + "\n")
+    with arguments.output.open("a", encoding="utf-8", newline="\n") as file:
         bar = tqdm(total=len(problems), initial=len(done), desc=f"Average@{arguments.samples}", unit="problem")
         for problem, answers in zip(left, sample(left, arguments, tokenizer) if left else [], strict=True):
             right = sum(JUDGES[arguments.judge](problem.answer, answer) for answer in answers)
-            done[problem.number] = {"number": problem.number, "right": right, "answers": answers}
-            file.write(json.dumps(done[problem.number], ensure_ascii=False) + "\n")
+            done[problem.number] = {
+                "number": problem.number,
+                "problem": problem.fingerprint,
+                "right": right,
+                "answers": answers,
+            }
+            file.write(line_of(done[problem.number]))
             file.flush()
             bar.update()
             bar.set_postfix_str(report(list(done.values()), arguments.samples).split(": ")[1].split(",")[0])

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 from training import sft_config, warm_model
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+from transformers import LlamaForCausalLM, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
 
 from trl_qtarget import QTargetConfig, QTargetSFTTrainer
 from trl_qtarget.priors.shards import gather, in_zero3, share
@@ -35,13 +35,27 @@ _EVALUATED = ("target/nll", "target/trust", "target/label_mass", "entropy")
 _LOGGED = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "target/nll", "target/trust", "target/label_mass")
 
 
+class Stranger(LlamaForCausalLM):
+    """A Llama whose class is in none of transformers' tables, and whose own loss takes no `num_items_in_batch`."""
+
+    accepts_loss_kwargs = False
+
+    @classmethod
+    def of(cls, llama: LlamaForCausalLM) -> "Stranger":
+        """One with the weights of a Llama."""
+        model = cls(llama.config)
+        model.load_state_dict(llama.state_dict())
+        return model.eval()
+
+
 @dataclass(frozen=True)
 class Cell:
     """Which target, from which prior, trained in full or with LoRA; `options` go to the SFTConfig.
 
     `fills` says whether several processes repeat rows to fill the last batch, as they do without accumulation;
     `by_path`, whether the trainer loads the models itself, which ZeRO-3 then shards while they are loaded. `policy`
-    and `reference` name the formats of `quantized.FORMATS` and are empty for unquantised models.
+    and `reference` name the formats of `quantized.FORMATS` and are empty for unquantised models. `stranger` makes the
+    policy a `Stranger`.
     """
 
     method: str
@@ -53,6 +67,7 @@ class Cell:
     by_path: bool = False
     policy: str = ""
     reference: str = ""
+    stranger: bool = False
 
     def __str__(self) -> str:
         kind = "-lora" if self.peft else ""
@@ -161,6 +176,8 @@ def _models(cell: Cell) -> tuple[PreTrainedModel, PreTrainedModel | None]:
     """The policy and the reference model of a cell."""
     plain = quantized.plain if cell.policy or cell.reference else warm_model
     policy = quantized.quantized(cell.policy) if cell.policy else plain()
+    if cell.stranger:
+        policy = Stranger.of(policy)
     if cell.prior != "model":
         return policy, None
     return policy, quantized.quantized(cell.reference, steps=12) if cell.reference else plain(steps=12)

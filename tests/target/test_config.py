@@ -102,9 +102,9 @@ def test_unknown_names_list_the_known_ones():
 
 @pytest.mark.parametrize("name", [["sft"], {"sft": 1}, 3, ("one",)], ids=str)
 def test_names_of_another_type(name):
-    refused(f"`method={name!r}` is unknown. Known methods: ", method=name)
-    refused(f"`trust={name!r}` is unknown. Known names: ", method=None, trust=name, residual="policy")
-    refused(f"`residual={name!r}` is unknown. Known names: ", method=None, trust="one", residual=name)
+    refused(f"`method={name!r}` is no name: it must be a string, or None.", method=name)
+    refused(f"`trust={name!r}` is no name: it must be a string", method=None, trust=name, residual="policy")
+    refused(f"`residual={name!r}` is no name: it must be a string", method=None, trust="one", residual=name)
 
 
 def test_a_free_combination_names_both_designs():

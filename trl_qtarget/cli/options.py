@@ -2,8 +2,8 @@
 
 import difflib
 import json
+import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from ..target.config import QTargetConfig
@@ -43,13 +43,15 @@ def read_method(text: str) -> QTargetConfig:
         ValueError: it is neither, or a knob is wrong.
     """
     name, _, knobs = text.partition(":")
-    if name not in METHODS and not knobs and ("/" in text or text.endswith(".json") or Path(text).is_dir()):
+    if name not in METHODS and not knobs and ("/" in text or text.endswith(".json") or os.path.isdir(text)):
         return QTargetConfig.from_pretrained(text)
     fields: dict[str, Any] = {"method": name}
     for knob in knobs.split(",") if knobs else []:
         key, equals, value = knob.partition("=")
         if not equals:
             raise ValueError(f"`methods`: `{knob}` in `{text}` is not of the form knob=value.")
+        if key in fields:
+            raise ValueError(f"`methods`: `{text}` has `{key}` twice: leave one of them.")
         fields[key] = _value(value)
     return QTargetConfig.coerce(fields)
 
@@ -57,5 +59,5 @@ def read_method(text: str) -> QTargetConfig:
 def _value(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # a string, too many digits, or nested too deep: for the check of the field
         return text

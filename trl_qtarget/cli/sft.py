@@ -26,6 +26,7 @@ from trl import (
 )
 from trl.trainer.utils import create_model_from_path
 
+from ..priors.loading import reference_options
 from ..target.config import QTargetConfig
 from ..training.trainer import QTargetSFTTrainer
 
@@ -56,6 +57,10 @@ class ReferenceArguments:
     ref_load_in_8bit: bool = field(default=False, metadata={"help": "Load the reference model in 8 bits."})
     ref_attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention of the reference model. None: the policy's."}
+    )
+    ref_trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run code of the reference model's repository. The policy's `trust_remote_code` does not."},
     )
 
     def __post_init__(self):
@@ -192,21 +197,20 @@ def split_of(dataset: DatasetDict, name: str, argument: str) -> Dataset:
 
 
 def load_reference(reference: ReferenceArguments, training: SFTConfig) -> PreTrainedModel | None:
-    """The reference model with its own options, and the policy's where it has none."""
+    """The reference model with its own options; precision, placement and attention are the policy's if not given."""
     if reference.ref_model_name_or_path is None:
         return None
-    options = dict(training.model_init_kwargs or {})
+    options = reference_options(training.model_init_kwargs, trust_remote_code=reference.ref_trust_remote_code)
     options["revision"] = reference.ref_model_revision
     if training.world_size > 1:
         options["device_map"] = None  # each process places it itself
-    options.pop("quantization_config", None)
     if reference.ref_dtype:
         options["dtype"] = reference.ref_dtype
     if reference.ref_attn_implementation:
         options["attn_implementation"] = reference.ref_attn_implementation
     if reference.ref_load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=_compute_dtype(options["dtype"])
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=_compute_dtype(options.get("dtype"))
         )
     elif reference.ref_load_in_8bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)

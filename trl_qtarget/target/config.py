@@ -1,7 +1,9 @@
 """`QTargetConfig`: which target to train toward, as a flat dataclass."""
 
 import json
+import math
 import os
+import reprlib
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,37 @@ from .registry import KNOBS, Range
 CONFIG_NAME = "qtarget_config.json"
 PRIORS = ("auto", "policy", "base", "model", "lagged")
 KERNELS = ("auto", "torch", "triton")
+
+_NAMES = ("method", "trust", "residual")
+# What torch can take: sizes and indices of 64 bits, and knobs that are multiplied in float32.
+_LARGEST_SIZE = 2**63 - 1
+_LARGEST_NUMBER = 3.4e38
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, which may name a key twice and mean either."""
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"it has {_shown(name)} twice")
+        values[name] = value
+    return values
+
+
+class _Shown(reprlib.Repr):
+    """`repr` for messages: short whatever is shown, and never an error of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxstring = self.maxother = 60
+        self.maxlevel = 2
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write integers of thousands of digits.
+        return f"an integer of {value.bit_length()} bits" if value.bit_length() > 200 else repr(value)
+
+
+_shown = _Shown().repr
 
 
 def _knob(text: str) -> Any:
@@ -109,15 +142,15 @@ class QTargetConfig:
         self._check_prior()
         self._check_choice("kernel", KERNELS)
         self._check_range("chunk_tokens", Range(1, whole=True))
-        if self.token_weight_column is not None and not self.uses_token_weights:
-            raise ValueError(
-                f"`token_weight_column` is not used by {self.label}: remove it, or choose `method='cft'` or "
-                "`trust='token_weights'`."
-            )
+        self._check_token_weight_column()
 
     # --- checks ---
 
     def _check_names(self) -> None:
+        for name in _NAMES:
+            value = getattr(self, name)
+            if not isinstance(value, str | None):
+                raise ValueError(f"`{name}={_shown(value)}` is no name: it must be a string, or None.")
         if self.method is None:
             if self.trust is None or self.residual is None:
                 raise ValueError(
@@ -169,14 +202,34 @@ class QTargetConfig:
         if self.prior_sync_decay == 1:
             raise ValueError("`prior_sync_decay=1` would never move the prior: choose a value in [0, 1).")
 
+    def _check_token_weight_column(self) -> None:
+        column = self.token_weight_column
+        if column is None:
+            return
+        if not isinstance(column, str) or not column:
+            raise ValueError(
+                f"`token_weight_column={_shown(column)}` is no name of a column: it must be a non-empty string."
+            )
+        if not self.uses_token_weights:
+            raise ValueError(
+                f"`token_weight_column` is not used by {self.label}: remove it, or choose `method='cft'` or "
+                "`trust='token_weights'`."
+            )
+
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        if getattr(self, name) not in choices:
-            raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown: choose one of {', '.join(choices)}.")
+        value = getattr(self, name)
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"`{name}={_shown(value)}` is unknown: choose one of {', '.join(choices)}.")
 
     def _check_range(self, name: str, allowed: Range) -> None:
         value = getattr(self, name)
-        if value is not None and value not in allowed:
-            raise ValueError(f"`{name}={value!r}` is out of range: it must be {allowed}.")
+        if value is None:
+            return
+        largest = _LARGEST_SIZE if allowed.whole else _LARGEST_NUMBER
+        too_large = isinstance(value, int | float) and abs(value) > largest
+        if too_large or value not in allowed:
+            limit = f", of at most {largest} in size" if too_large and math.isinf(allowed.high) else ""
+            raise ValueError(f"`{name}={_shown(value)}` is out of range: it must be {allowed}{limit}.")
 
     # --- what the fields mean ---
 
@@ -276,9 +329,9 @@ class QTargetConfig:
     @classmethod
     def _from_fields(cls, values: dict[str, Any], origin: str) -> "QTargetConfig":
         known = {item.name for item in fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(_shown(name) for name in values if name not in known)
         if unknown:
-            raise ValueError(f"{origin} has unknown fields {unknown}: known are {sorted(known)}.")
+            raise ValueError(f"{origin} has unknown fields [{', '.join(unknown)}]: known are {sorted(known)}.")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -297,16 +350,16 @@ class QTargetConfig:
         """Read what `save_pretrained` wrote; `directory` may also be the path of the file itself.
 
         Raises:
-            ValueError: there is no such file, or it holds unknown or invalid fields. A design that you registered has
-                to be registered again before its name is read.
+            ValueError: there is no such file, it is not JSON, names a field twice, or holds unknown or invalid fields.
+                A design that you registered has to be registered again before its name is read.
         """
         path = Path(directory)
-        path = path / CONFIG_NAME if path.is_dir() else path
-        if not path.is_file():
+        path = path / CONFIG_NAME if os.path.isdir(path) else path
+        if not os.path.isfile(path):
             raise ValueError(f"`directory` has no `{CONFIG_NAME}`: {directory} was not written by `save_pretrained`.")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+            values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too many digits, or nested too deep
             raise ValueError(f"`{path}` is not valid JSON ({error}): write it again with `save_pretrained`.") from None
         if not isinstance(values, dict):
             raise ValueError(f"`{path}` does not hold a JSON object: write it again with `save_pretrained`.")

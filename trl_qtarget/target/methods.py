@@ -27,6 +27,15 @@ from .values import (
 )
 
 
+# What the groups of methods do.
+GROUPS = {
+    "re-weighting": "how much each label counts; the rest of the mass stays with the policy",
+    "prior-weighted": "the same, by what another distribution says of the label, per token or per sequence",
+    "anchored": "the rest of the mass goes to the prior, or where prior and policy agree",
+    "distilling": "the prior's whole distribution is taught, with or without the labels",
+    "signed": "mass is taken from another distribution than it is given to",
+}
+
 METHODS = MappingProxyType(
     {
         "sft": Method(trust="one", loss="-log p_y", source="supervised fine-tuning (NLL)"),
@@ -54,6 +63,7 @@ METHODS = MappingProxyType(
             arxiv="2601.02151",
         ),
         "iw_sft": Method(
+            group="prior-weighted",
             trust="importance",
             knobs={"temperature": 1.0, "clip_max": 16.0},
             prior="base",
@@ -65,6 +75,7 @@ METHODS = MappingProxyType(
             trust="token_weights", loss="-c_t log p_y", source="Critical-token fine-tuning", arxiv="2510.10974"
         ),
         "label_smoothing": Method(
+            group="anchored",
             trust="constant",
             residual="uniform",
             knobs={"lam": 0.1},
@@ -73,6 +84,7 @@ METHODS = MappingProxyType(
             arxiv="1512.00567",
         ),
         "sft_kl": Method(
+            group="anchored",
             trust="anchor",
             residual="prior",
             scale=anchor_scale,
@@ -84,6 +96,7 @@ METHODS = MappingProxyType(
             arxiv="2509.04259",
         ),
         "asft": Method(
+            group="anchored",
             trust="probability_anchor",
             residual="prior",
             scale=probability_anchor_scale,
@@ -95,6 +108,7 @@ METHODS = MappingProxyType(
             arxiv="2509.23753",
         ),
         "asft_k3": Method(
+            group="prior-weighted",
             trust="ratio_anchor",
             value=ratio_anchor_loss,
             knobs={"lam": 0.05},
@@ -111,6 +125,7 @@ METHODS = MappingProxyType(
             arxiv="2509.23753",
         ),
         "psft": Method(
+            group="prior-weighted",
             trust="clipped_ratio",
             value=clipped_ratio_loss,
             knobs={"epsilon": 0.28},
@@ -121,6 +136,7 @@ METHODS = MappingProxyType(
             arxiv="2508.17784",
         ),
         "gem": Method(
+            group="signed",
             trust="one",
             residual="sharpened",
             knobs={"beta": 0.7},
@@ -180,6 +196,7 @@ METHODS = MappingProxyType(
             arxiv="2602.12222",
         ),
         "prift": Method(
+            group="prior-weighted",
             trust="prior_probability",
             prior="base",
             loss="-π_prior(y) log p_y",
@@ -187,6 +204,7 @@ METHODS = MappingProxyType(
             arxiv="2606.09396",
         ),
         "prift_mass": Method(
+            group="prior-weighted",
             trust="prior_mass",
             knobs={"tau": 0.5},
             prior="base",
@@ -195,6 +213,7 @@ METHODS = MappingProxyType(
             arxiv="2606.09396",
         ),
         "gift": Method(
+            group="anchored",
             trust="tilt",
             residual="prior",
             knobs={"beta": 20.0},
@@ -204,6 +223,7 @@ METHODS = MappingProxyType(
             arxiv="2601.09233",
         ),
         "mask_target": Method(
+            group="anchored",
             trust="one",
             residual="spared_prior",
             value=spared_divergence,
@@ -214,6 +234,7 @@ METHODS = MappingProxyType(
             arxiv="2605.29498",
         ),
         "lp_sft": Method(
+            group="anchored",
             trust="one",
             residual="spared_top",
             value=spared_cross_entropy,
@@ -223,6 +244,7 @@ METHODS = MappingProxyType(
             source="LP-SFT, its code; there is no paper",
         ),
         "tofu": Method(
+            group="signed",
             trust="focal",
             residual="sharpened",
             knobs={"alpha": 3.0, "beta": 0.8},
@@ -232,6 +254,7 @@ METHODS = MappingProxyType(
             arxiv="2605.00195",
         ),
         "otr": Method(
+            group="signed",
             trust="sampled",
             residual="flattened",
             knobs={"temperature": 1.3, "beta": -0.1},
@@ -240,6 +263,7 @@ METHODS = MappingProxyType(
             arxiv="2509.26313",
         ),
         "distill": Method(
+            group="distilling",
             trust="zero",
             residual="prior",
             knobs={"temperature": 1.0},
@@ -249,6 +273,7 @@ METHODS = MappingProxyType(
             arxiv="1503.02531",
         ),
         "distill_hybrid": Method(
+            group="distilling",
             trust="constant",
             residual="prior",
             value=divergence,
@@ -259,6 +284,7 @@ METHODS = MappingProxyType(
             arxiv="1503.02531",
         ),
         "target_sft": Method(
+            group="anchored",
             trust="probability",
             residual="guided",
             knobs={"eta": 0.5},

@@ -18,7 +18,7 @@ from .values import cross_entropy, unit_scale
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One published objective: names of its trust and residual, scale, loss value, knobs, prior and source."""
+    """One published objective: names of its trust and residual, scale, loss value, knobs, prior, source and group."""
 
     trust: str
     residual: str = "policy"
@@ -30,6 +30,7 @@ class Method:
     loss: str
     source: str
     arxiv: str | None = None
+    group: str = "re-weighting"
 
 
 def _check_shape(kind: str, design: Design, result: Tensor, like: Tensor) -> None:

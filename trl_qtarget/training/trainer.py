@@ -1,12 +1,10 @@
 """`QTargetSFTTrainer`: TRL's SFTTrainer, trained toward a target that a `QTargetConfig` describes."""
 
 import inspect
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,13 +19,11 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollato
 
 from ..loss.choice import check_kernel
 from ..loss.head import IGNORE_INDEX, NextTokens, Observed, QTargetOutput, TargetRequest, add_target_head
-from ..priors.base import PriorCallback, base_model_of, inference
+from ..priors.base import PriorCallback, base_model_of, inference, virtual_tokens
 from ..priors.build import build_prior
-from ..priors.choice import PolicyFacts, PriorChoice, check_models, choose_prior
+from ..priors.choice import PolicyFacts, PriorChoice, PriorKind, check_models, choose_prior
 from ..target.config import QTargetConfig
 from ..target.objective import Objective
-from .card import add_target
-from .checkpoints import check_checkpoint, last_whole_checkpoint
 from .data import (
     SEQUENCES_KEY,
     WEIGHTS_KEY,
@@ -35,20 +31,25 @@ from .data import (
     TokenColumns,
     check_batch,
     check_column,
+    count_scored,
     prepare_with_columns,
     sequences_of,
 )
 from .metrics import local_sums, target_means
 from .resolve import resolve_config
+from .saving import CheckpointMixin
 
 
 logger = get_logger(__name__)
+
+# Under prompt learning. All others see the text alone.
+_PRIORS_WITH_VIRTUAL_TOKENS = (PriorKind.NONE, PriorKind.POLICY, PriorKind.LAGGED)
 
 # Arguments of the policy's forward that a prior's backbone is not given.
 _POLICY_ALONE = ("labels", "output_router_logits")
 
 
-class QTargetSFTTrainer(SFTTrainer):
+class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
     """A drop-in `SFTTrainer` that trains toward an explicit target distribution (arXiv 2606.11189).
 
     Beside TRL's metrics it logs, as means over the labelled tokens: `target/nll`, the labels' plain negative
@@ -94,6 +95,8 @@ class QTargetSFTTrainer(SFTTrainer):
 
         super().__init__(model, args, *sft_args, **sft_kwargs)
 
+        # The loss is this package's and takes `num_items_in_batch`, whatever the model's class says of its own.
+        self.model_accepts_loss_kwargs = True
         _refuse_what_cannot_work(self.accelerator)
         check_kernel(self.qtarget_config.kernel, self.accelerator.device)
         # A subclass of TRL's collators is the user's own, and left alone.
@@ -147,6 +150,23 @@ class QTargetSFTTrainer(SFTTrainer):
 
     # --- loss ---
 
+    def _get_num_items_in_batch(self, batch_samples: list[Mapping[str, Any]], device: torch.device) -> Tensor | None:
+        """How many labels a step scores: over its accumulation steps and, as TRL averages, over all ranks.
+
+        transformers counts what the model's own loss would score, and knows that by the name of the model's class.
+        """
+        if not batch_samples:
+            return None
+        count = sum(count_scored(batch, self._scores_first_label()) for batch in batch_samples).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            # Under tensor parallelism several ranks count the same batch.
+            count = self.accelerator.gather(count).sum() // self.get_tp_size()
+        return count
+
+    def _scores_first_label(self) -> bool:
+        """Whether something predicts the first token of a row: virtual tokens do, where the prior has them too."""
+        return virtual_tokens(self.model) > 0 and self.prior_choice.kind in _PRIORS_WITH_VIRTUAL_TOKENS
+
     def compute_loss(
         self,
         model: Any,
@@ -180,7 +200,7 @@ class QTargetSFTTrainer(SFTTrainer):
         Raises:
             ValueError: the batch lacks a column that the target reads, or it does not fit the labels.
         """
-        objective = self.prior_choice.objective
+        objective = replace(self.prior_choice.objective, progress=self._progress())
         weights, sequences = inputs.pop(WEIGHTS_KEY, None), inputs.pop(SEQUENCES_KEY, None)
         if self.qtarget_config.uses_token_weights:
             check_batch(WEIGHTS_KEY, weights, inputs["labels"], self.qtarget_config.label)
@@ -194,6 +214,11 @@ class QTargetSFTTrainer(SFTTrainer):
         return TargetRequest(
             objective, prior, weights, sequences, config.chunk_tokens, config.kernel, next_tokens=next_tokens
         )
+
+    def _progress(self) -> float:
+        """The share of the training that is done; 1 where nothing is being trained."""
+        steps = self.state.max_steps if self.is_in_train else 0
+        return min(self.state.global_step / steps, 1.0) if steps > 0 else 1.0
 
     def observe(self, row: dict[str, Any], observed: Sequence[Observed]) -> dict[str, Any] | None:
         """Show what targets ask for in one example, by the very loss that trains toward them. Nothing is trained.
@@ -266,70 +291,6 @@ class QTargetSFTTrainer(SFTTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._totals.pop("eval", None)  # `predict` adds to them and logs nothing
         return super().evaluate(*args, **kwargs)
-
-    # --- checkpoints ---
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        *args: Any,
-        allow_new_target: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """`Trainer.train`, which goes on from whole checkpoints only, and only toward their target.
-
-        Args:
-            resume_from_checkpoint (`str` or `bool`): a checkpoint; `True` is the last one in `args.output_dir` that
-                was not interrupted while it was written.
-            allow_new_target (`bool`, defaults to `False`): whether to resume although `qtarget_config` differs from
-                the one that the checkpoint was trained toward.
-
-        Raises:
-            ValueError: the checkpoint does not exist, is not whole, or was trained toward another target.
-        """
-        if resume_from_checkpoint:
-            if resume_from_checkpoint is True:
-                resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
-            check_checkpoint(resume_from_checkpoint, self.qtarget_config, allow_new_target)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            self.qtarget_config.save_pretrained(output_dir or self.args.output_dir)
-        if not _internal_call and output_dir in (None, self.args.output_dir):
-            self.create_model_card()  # else only checkpoints and pushes would write one
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            add_target(Path(self.args.output_dir) / "README.md", self.qtarget_config, self.prior_choice.title)
-            # Beside the card, for whatever is pushed while training goes on.
-            self.qtarget_config.save_pretrained(self.args.output_dir)
-
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        # PEFT reads adapters as float32, but those of a quantised model are trained in bfloat16: the run would go on
-        # with other roundings than it began with, and need more memory.
-        dtypes = {name: value.dtype for name, value in self.model.named_parameters() if value.requires_grad}
-        super()._load_from_checkpoint(*args, **kwargs)
-        for name, value in self.model.named_parameters():
-            if value.dtype != dtypes.get(name, value.dtype):
-                value.data = value.data.to(dtypes[name])
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self._prior is not None:
-            self._prior.save(output_dir, self.args.should_save)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # What follows marks the checkpoint as whole, so every rank has to be done.
-        self.accelerator.wait_for_everyone()
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self._prior is not None and checkpoint is not None and os.path.isdir(checkpoint):
-            self._prior.load(checkpoint)
 
 
 def _token_columns(config: QTargetConfig, objective: Objective, given: dict[str, Any]) -> TokenColumns:

@@ -1,0 +1,31 @@
+"""What a reference model takes over from the options that load the policy: nothing that says which model it is."""
+
+import pytest
+
+from trl_qtarget.priors.loading import SHARED_OPTIONS, reference_options
+
+
+def test_shared_options_are_taken_over():
+    options = {name: object() for name in SHARED_OPTIONS}
+    assert reference_options(options) == options | {"trust_remote_code": False}
+    assert reference_options(None) == reference_options({}) == {"trust_remote_code": False}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("revision", "code_revision", "subfolder", "variant", "gguf_file", "config", "state_dict", "key_mapping"),
+        *("quantization_config", "num_hidden_layers", "rope_parameters", "vocab_size", "tie_word_embeddings"),
+        *("adapter_kwargs", "output_loading_info", "ignore_mismatched_sizes", "trust_remote_code"),
+    ],
+)
+def test_all_else_is_the_policys_alone(name):
+    assert reference_options({name: "of the policy", "dtype": "float32"}) == {
+        "dtype": "float32",
+        "trust_remote_code": False,
+    }
+
+
+def test_code_is_trusted_for_this_model_only():
+    assert reference_options({"trust_remote_code": True})["trust_remote_code"] is False
+    assert reference_options({}, trust_remote_code=True)["trust_remote_code"] is True
