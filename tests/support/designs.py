@@ -141,6 +141,15 @@ POLICY_SHARES = {
     "spared_top": lambda gamma, knobs: 1 - gamma,
 }
 
+# Each trust with a residual that is the policy and with a mixture, each residual with a smooth trust and a sharp one: for
+# tests that would take long over all pairs.
+SOME_PAIRS = [
+    (trust, residual)
+    for trust in TRUST_FORMULAS
+    for residual in RESIDUAL_FORMULAS
+    if residual in ("policy", "guided") or trust in ("probability", "threshold")
+]
+
 OTHER_DESIGN_KNOBS = {
     "lam": 0.4,
     "alpha": 0.6,

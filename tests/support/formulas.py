@@ -178,9 +178,9 @@ def rank_tuner(logits, labels, prior_logits=None, token_weights=None, sequence_i
 
 
 def trim_sft(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None, *, beta=1.5, tau=0.8):
-    log_label, rival = of_label(log_p(logits), labels), logits.detach().clone()
+    log_label, rival = of_label(log_p(logits), labels), log_p(logits).detach().clone()
     rival[torch.arange(len(labels)), labels] = -math.inf
-    margin = of_label(logits, labels).detach() - rival.max(-1).values
+    margin = log_label.detach() - rival.max(-1).values
     return -torch.exp(-((margin - beta) ** 2) / (2 * tau**2)) * log_label
 
 
@@ -193,7 +193,7 @@ def idft(logits, labels, prior_logits=None, token_weights=None, sequence_ids=Non
 
 
 def prift(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None):
-    return -of_label(prior_logits.softmax(-1), labels).detach() * of_label(log_p(logits), labels)
+    return -of_label(log_p(prior_logits), labels).exp().detach() * of_label(log_p(logits), labels)
 
 
 def prift_mass(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None, *, tau=0.5):
