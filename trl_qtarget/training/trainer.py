@@ -35,7 +35,7 @@ from .data import (
     prepare_with_columns,
     sequences_of,
 )
-from .metrics import local_sums, target_means
+from .metrics import RunningMeans, local_sums
 from .resolve import resolve_config
 from .saving import CheckpointMixin
 
@@ -114,7 +114,7 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         if self._prior is not None:
             self.add_callback(PriorCallback(self._prior))
         self._announce_prior()
-        self._totals: dict[str, Tensor] = {}
+        self._running = {mode: RunningMeans(self.aux_loss_enabled) for mode in ("train", "eval")}
         self._new_tokens: Tensor | int = 0
 
     def prior_of(self, config: QTargetConfig) -> PriorChoice:
@@ -260,31 +260,25 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
     def _record(self, outputs: QTargetOutput, inputs: Mapping[str, Any]) -> None:
         mode = "train" if self.model.training else "eval"
         sums = self.accelerator.gather(local_sums(outputs.tokens, inputs)[None]).sum(0)
-        count = sums[0].clamp(min=1)
-        self._metrics[mode]["entropy"].append(sums[2] / count)
-        self._metrics[mode]["mean_token_accuracy"].append(sums[3] / count)
+        aux_loss = None
         if self.aux_loss_enabled:
             aux_loss = self.accelerator.gather(outputs.aux_loss.detach()[None]).mean()
-            self._metrics[mode]["aux_loss"].append(aux_loss)
-        self._totals[mode] = self._totals.get(mode, 0) + sums.double()
+        self._running[mode].add(sums, aux_loss)
         if mode == "train":
             self._new_tokens = self._new_tokens + sums[1].long()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        metrics, totals = self._metrics[mode], self._totals.pop(mode, None)
         self._total_train_tokens += int(self._new_tokens) // self.get_tp_size()
         self._new_tokens = 0
-        for key, values in metrics.items():
-            metrics[key] = [value.item() if isinstance(value, Tensor) else value for value in values]
-        if totals is not None:
-            metrics["num_tokens"] = [self._total_train_tokens]
-            for name, value in target_means(totals.tolist()).items():
-                metrics[name] = [value]
+        means = self._running[mode].take()
+        if means:
+            means["num_tokens"] = self._total_train_tokens
+        self._metrics[mode].update({name: [value] for name, value in means.items()})
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        self._totals.pop("eval", None)  # `predict` adds to them and logs nothing
+        self._running["eval"].clear()  # `predict` adds to the old ones and logs nothing
         return super().evaluate(*args, **kwargs)
 
 
