@@ -26,10 +26,19 @@ def local_sums(tokens: LinearQTargetOutput, inputs: Mapping[str, Any]) -> Tensor
         all_tokens = torch.tensor(inputs["position_ids"].size(1))
     else:
         raise ValueError("`data_collator` must return `attention_mask` or `position_ids`: add one of them.")
-    columns = (tokens.nll, tokens.trust, tokens.label_mass, tokens.kl, tokens.prior_is_top1)
-    sums = [tokens.scored.sum(), all_tokens, tokens.entropy.sum(), tokens.is_top1.sum()]
-    sums += [column.nan_to_num(nan=0.0).sum() for column in columns]
-    sums += [(tokens.scored & ~column.isnan()).sum() for column in columns]
+    scored, kl, agreement = tokens.scored, tokens.kl, tokens.prior_is_top1
+    broken = tokens.nll.isnan() | tokens.trust.isnan() | tokens.label_mass.isnan()
+    columns = (
+        (tokens.nll, scored),
+        (tokens.trust, scored),
+        (tokens.label_mass, scored),
+        # NaN says that there is none, but where a number that it is made of is NaN: that has to be seen.
+        (kl, scored & (broken | ~kl.isnan())),
+        (agreement, scored & ~agreement.isnan()),
+    )
+    sums = [scored.sum(), all_tokens, tokens.entropy.sum(), tokens.is_top1.sum()]
+    sums += [column.masked_fill(~has, 0.0).sum() for column, has in columns]
+    sums += [has.sum() for _, has in columns]
     return torch.stack([value.to(tokens.nll.device, torch.float32) for value in sums])
 
 
