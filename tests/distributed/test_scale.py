@@ -54,18 +54,20 @@ _EVERY_OTHER_STEP = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy":
 _SAVED = _variant("saved", Cell("psft", "lagged"), **_EVERY_OTHER_STEP)
 # Its truth is a Llama that transformers knows.
 _STRANGER = replace(_variant("stranger", Cell("dft"), **_ONE_BY_ONE), stranger=True, fills=False)
+_ADALORA = replace(_variant("adalora", Cell("asft", "base"), **_ONE_BY_ONE), adalora=True, fills=False)
 VARIANTS = [
     *(_checkpointing(cell, reentrant) for cell in _SECOND_PASSES for reentrant in (True, False)),
     *(replace(_variant("accumulation", cell, **_ONE_BY_ONE), fills=False) for cell in _SECOND_PASSES),
     _SAVED,
     *(replace(cell, by_path=True, name=f"{cell}-by-path") for cell in (Cell("asft", "base"), Cell("asft", "model"))),
     _STRANGER,
+    _ADALORA,
     _variant("adamw", Cell("psft", "lagged"), optim="adamw_torch", learning_rate=0.02, adam_epsilon=1e-3),
 ]
 
 # What `make test` runs of it.
 QUICK = {
-    "ddp": [Cell("dft"), Cell("asft", "base", True), Cell("iw_sft", "model"), _STRANGER],
+    "ddp": [Cell("dft"), Cell("asft", "base", True), Cell("iw_sft", "model"), _STRANGER, _ADALORA],
     "zero2": [Cell("dft"), Cell("psft", "lagged"), _STRANGER],
     "zero3-partitioned": [
         _checkpointing(Cell("asft", "base", True), reentrant=True),

@@ -17,7 +17,7 @@ import tiny
 import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import SequentialSampler
@@ -55,7 +55,7 @@ class Cell:
     `fills` says whether several processes repeat rows to fill the last batch, as they do without accumulation;
     `by_path`, whether the trainer loads the models itself, which ZeRO-3 then shards while they are loaded. `policy`
     and `reference` name the formats of `quantized.FORMATS` and are empty for unquantised models. `stranger` makes the
-    policy a `Stranger`.
+    policy a `Stranger`, `adalora` the adapter one that adds to the loss.
     """
 
     method: str
@@ -68,6 +68,7 @@ class Cell:
     policy: str = ""
     reference: str = ""
     stranger: bool = False
+    adalora: bool = False
 
     def __str__(self) -> str:
         kind = "-lora" if self.peft else ""
@@ -141,6 +142,8 @@ def make(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOr
     peft = None
     if cell.peft:
         peft = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    if cell.adalora:
+        peft = AdaLoraConfig(init_r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", total_step=6)
     policy, reference = _models(cell)
     options = {
         "per_device_train_batch_size": GLOBAL_BATCH // processes,

@@ -256,6 +256,7 @@ def add_target_head(model: PreTrainedModel) -> None:
         aux_loss = None
         if kwargs.get("output_router_logits"):
             aux_loss = _load_balancing_loss(text_config, outputs.router_logits, kwargs.get("attention_mask"))
-        return QTargetOutput(loss=tokens.loss, tokens=tokens, aux_loss=aux_loss)
+        # A copy: PEFT's AdaLoRA adds to it in place.
+        return QTargetOutput(loss=tokens.loss.clone(), tokens=tokens, aux_loss=aux_loss)
 
     model.forward = types.MethodType(forward, model)

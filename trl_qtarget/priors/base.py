@@ -23,11 +23,11 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
 
 
 def virtual_tokens(model: nn.Module) -> int:
-    """How many positions PEFT's prompt learning puts before the text; prefix tuning puts none there."""
+    """How many positions PEFT's prompt learning puts before the text; prefixes and cartridges put none there."""
     if not is_peft_model(model) or not model.active_peft_config.is_prompt_learning:
         return 0
     config = model.active_peft_config
-    return 0 if config.peft_type == "PREFIX_TUNING" else config.num_virtual_tokens
+    return 0 if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE") else config.num_virtual_tokens
 
 
 def backbone_states(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, is_peft_model
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
@@ -35,7 +35,7 @@ from .data import (
     prepare_with_columns,
     sequences_of,
 )
-from .metrics import local_sums, target_means
+from .metrics import RunningMeans, local_sums
 from .resolve import resolve_config
 from .saving import CheckpointMixin
 
@@ -97,7 +97,7 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
 
         # The loss is this package's and takes `num_items_in_batch`, whatever the model's class says of its own.
         self.model_accepts_loss_kwargs = True
-        _refuse_what_cannot_work(self.accelerator)
+        _refuse_what_cannot_work(self.accelerator, self.model)
         check_kernel(self.qtarget_config.kernel, self.accelerator.device)
         # A subclass of TRL's collators is the user's own, and left alone.
         if self._token_columns and type(self.data_collator) is DataCollatorForVisionLanguageModeling:
@@ -114,7 +114,7 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         if self._prior is not None:
             self.add_callback(PriorCallback(self._prior))
         self._announce_prior()
-        self._totals: dict[str, Tensor] = {}
+        self._running = {mode: RunningMeans(self.aux_loss_enabled) for mode in ("train", "eval")}
         self._new_tokens: Tensor | int = 0
 
     def prior_of(self, config: QTargetConfig) -> PriorChoice:
@@ -245,13 +245,19 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
 
     def _scaled(self, outputs: QTargetOutput, num_items_in_batch: Tensor | int | None) -> Tensor:
         """The loss as `Trainer` expects it, by TRL's rules for averaging over ranks and accumulation steps."""
-        loss = outputs.loss
-        # `num_items_in_batch` counts the tokens of every rank, and DDP averages the gradients over the ranks.
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        # The auxiliary loss is a mean of one micro-batch, so it is averaged over the accumulation steps.
+        training, counted = self.model.training, num_items_in_batch is not None
+        steps = self.current_gradient_accumulation_steps if training and counted else 1
+        ranks = 1
+        if counted and self.args.average_tokens_across_devices:
+            # It counts the tokens of every rank, and DDP averages the gradients over the ranks.
+            ranks = self.accelerator.num_processes // self.get_tp_size()
+        # PEFT's AdaLoRA and others add a term to `outputs.loss`, for training only. It is of one micro-batch, as the
+        # auxiliary loss is, so it is averaged over the accumulation steps.
+        own = outputs.tokens.loss
+        loss = (outputs.loss if training else own) * ranks
+        if training and ranks * steps > 1:
+            loss = loss + (outputs.loss - own) * (1 / steps - ranks)
         if self.aux_loss_enabled:
-            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         return loss
 
@@ -260,31 +266,25 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
     def _record(self, outputs: QTargetOutput, inputs: Mapping[str, Any]) -> None:
         mode = "train" if self.model.training else "eval"
         sums = self.accelerator.gather(local_sums(outputs.tokens, inputs)[None]).sum(0)
-        count = sums[0].clamp(min=1)
-        self._metrics[mode]["entropy"].append(sums[2] / count)
-        self._metrics[mode]["mean_token_accuracy"].append(sums[3] / count)
+        aux_loss = None
         if self.aux_loss_enabled:
             aux_loss = self.accelerator.gather(outputs.aux_loss.detach()[None]).mean()
-            self._metrics[mode]["aux_loss"].append(aux_loss)
-        self._totals[mode] = self._totals.get(mode, 0) + sums.double()
+        self._running[mode].add(sums, aux_loss)
         if mode == "train":
             self._new_tokens = self._new_tokens + sums[1].long()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        metrics, totals = self._metrics[mode], self._totals.pop(mode, None)
         self._total_train_tokens += int(self._new_tokens) // self.get_tp_size()
         self._new_tokens = 0
-        for key, values in metrics.items():
-            metrics[key] = [value.item() if isinstance(value, Tensor) else value for value in values]
-        if totals is not None:
-            metrics["num_tokens"] = [self._total_train_tokens]
-            for name, value in target_means(totals.tolist()).items():
-                metrics[name] = [value]
+        means = self._running[mode].take()
+        if means:
+            means["num_tokens"] = self._total_train_tokens
+        self._metrics[mode].update({name: [value] for name, value in means.items()})
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        self._totals.pop("eval", None)  # `predict` adds to them and logs nothing
+        self._running["eval"].clear()  # `predict` adds to the old ones and logs nothing
         return super().evaluate(*args, **kwargs)
 
 
@@ -316,7 +316,12 @@ def _explaining_truncated_images(max_length: int | None) -> Iterator[None]:
         ) from error
 
 
-def _refuse_what_cannot_work(accelerator: Accelerator) -> None:
+def _refuse_what_cannot_work(accelerator: Accelerator, model: nn.Module) -> None:
+    if is_peft_model(model) and model.active_peft_config.peft_type == "CPT":
+        raise ValueError(
+            "`peft_config` is of CPT, which computes a loss of its own from the logits, in the place of the target: "
+            "use another method of prompt learning."
+        )
     parallelism = accelerator.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(
