@@ -5,16 +5,15 @@ checkpointing, and hand out hidden states and a head; the fused loss does the re
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from ..loss.head import PriorStates
+from ..loss.body import inference as inference
+from ..loss.head import PriorStates, final_hidden_states
 
 
 def base_model_of(model: nn.Module) -> PreTrainedModel:
@@ -31,28 +30,8 @@ def virtual_tokens(model: nn.Module) -> int:
 
 
 def backbone_states(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """Final hidden states `[B, T, H]` by the backbone alone, past the wrapper's forward and its virtual tokens."""
-    return base_model_of(model).base_model(**dict(inputs, use_cache=False)).last_hidden_state
-
-
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout, no gradient checkpointing; afterwards every module and parameter is as before."""
-    # Not the linear layers: none has an evaluation mode of its own, and for 4-bit ones on a CPU bitsandbytes takes it
-    # as a sign to repack the weights into a layout that no gradient passes through.
-    modules = [module for module in model.modules() if module.training and not isinstance(module, nn.Linear)]
-    # PEFT makes every adapter parameter trainable when it turns adapters on again, also one that the user froze.
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    try:
-        for module in modules:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module in modules:
-            module.training = True
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+    """Final hidden states `[B, T, H]` of the model alone, past the wrapper's forward and its virtual tokens."""
+    return final_hidden_states(base_model_of(model), **inputs)
 
 
 class Prior:

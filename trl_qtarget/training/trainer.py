@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from ..loss.choice import check_kernel
-from ..loss.head import IGNORE_INDEX, NextTokens, Observed, QTargetOutput, TargetRequest, add_target_head
+from ..loss.head import IGNORE_INDEX, NextTokens, Observed, QTargetOutput, TargetRequest, add_target_head, check_head
 from ..priors.base import PriorCallback, base_model_of, inference, virtual_tokens
 from ..priors.build import build_prior
 from ..priors.choice import PolicyFacts, PriorChoice, PriorKind, check_models, choose_prior
@@ -108,6 +108,9 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         if self._token_columns and type(self.data_collator) is DataCollatorForLanguageModeling:
             self.data_collator = TokenColumnCollator.extending(self.data_collator, self._token_columns)
         add_target_head(base_model_of(self.model))
+        # With those two the weights are not in place yet, and the first pass does it.
+        if self.accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            check_head(base_model_of(self.model))
         self._prior = build_prior(
             self.prior_choice, self.model, lambda: self.model_wrapped, self.args, self.accelerator
         )
