@@ -293,6 +293,13 @@ class QTargetSFTTrainer(SFTTrainer):
             check_checkpoint(resume_from_checkpoint, self.qtarget_config, allow_new_target)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # `Trainer` looks whether it is done after each step, so a finished run would take one more when it is resumed.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
@@ -303,7 +310,9 @@ class QTargetSFTTrainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            add_target(Path(self.args.output_dir) / "README.md", self.qtarget_config, self.prior_choice.title)
+            choice = self.prior_choice
+            card = Path(self.args.output_dir) / "README.md"
+            add_target(card, self.qtarget_config, choice.words, choice.reference_name)
             # Beside the card, for whatever is pushed while training goes on.
             self.qtarget_config.save_pretrained(self.args.output_dir)
 
