@@ -47,6 +47,13 @@ class CheckpointMixin:
             check_checkpoint(resume_from_checkpoint, self.qtarget_config, allow_new_target)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # `Trainer` looks whether it is done after each step, so a finished run would take one more when it is resumed.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
