@@ -76,6 +76,11 @@ class Prior:
         states = self.states(inputs)
         return lambda: states
 
+    @contextmanager
+    def policy_loads(self) -> Iterator[None]:
+        """Around the moment in which a resumed run loads the policy's weights from a checkpoint."""
+        yield
+
     def start(self, step: int) -> None:
         """Told when training begins, with every wrapper in place; `step` is 0 unless a run is resumed."""
 

@@ -4,7 +4,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollato
 
 from ..loss.choice import check_kernel
 from ..loss.head import IGNORE_INDEX, NextTokens, Observed, QTargetOutput, TargetRequest, add_target_head
+from ..priors.adapters import are_trained
 from ..priors.base import PriorCallback, base_model_of, inference
 from ..priors.build import build_prior
 from ..priors.choice import PolicyFacts, PriorChoice, check_models, choose_prior
@@ -291,6 +292,8 @@ class QTargetSFTTrainer(SFTTrainer):
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             check_checkpoint(resume_from_checkpoint, self.qtarget_config, allow_new_target)
+        elif self.prior_choice.warning_if_trained and are_trained(self.model):
+            logger.warning(self.prior_choice.warning_if_trained)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -311,7 +314,8 @@ class QTargetSFTTrainer(SFTTrainer):
         # PEFT reads adapters as float32, but those of a quantised model are trained in bfloat16: the run would go on
         # with other roundings than it began with, and need more memory.
         dtypes = {name: value.dtype for name, value in self.model.named_parameters() if value.requires_grad}
-        super()._load_from_checkpoint(*args, **kwargs)
+        with self._prior.policy_loads() if self._prior is not None else nullcontext():
+            super()._load_from_checkpoint(*args, **kwargs)
         for name, value in self.model.named_parameters():
             if value.dtype != dtypes.get(name, value.dtype):
                 value.data = value.data.to(dtypes[name])
