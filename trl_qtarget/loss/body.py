@@ -128,12 +128,21 @@ def run_head(head: nn.Module, hidden: Tensor, product: Callable[[nn.Module, Tens
             vars(module)[name] = former
 
 
+def _stays_in_training(module: nn.Module) -> bool:
+    """Whether a module's evaluation mode is about how it multiplies, and not about what.
+
+    To bitsandbytes on a CPU it says to repack 4-bit weights into a layout that no gradient passes through, and to
+    round the inputs of 8-bit ones. No other linear layer may stay in training mode: a router that samples is one.
+    """
+    return isinstance(module, nn.Linear) and any(
+        each.__module__.startswith("bitsandbytes.") for each in type(module).__mro__
+    )
+
+
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
     """No gradients, no dropout, no gradient checkpointing; afterwards every module and parameter is as before."""
-    # Not the linear layers: none has an evaluation mode of its own, and for 4-bit ones on a CPU bitsandbytes takes it
-    # as a sign to repack the weights into a layout that no gradient passes through.
-    modules = [module for module in model.modules() if module.training and not isinstance(module, nn.Linear)]
+    modules = [module for module in model.modules() if module.training and not _stays_in_training(module)]
     # PEFT makes every adapter parameter trainable when it turns adapters on again, also one that the user froze.
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     try:

@@ -5,7 +5,8 @@ checkpointing, and hand out hidden states and a head; the fused loss does the re
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate.utils import is_peft_model
@@ -45,6 +46,11 @@ class Prior:
         """What the policy's forward calls for the states. Here the prior has run by then."""
         states = self.states(inputs)
         return lambda: states
+
+    @contextmanager
+    def policy_loads(self) -> Iterator[None]:
+        """Around the moment in which a resumed run loads the policy's weights from a checkpoint."""
+        yield
 
     def start(self, step: int) -> None:
         """Told when training begins, with every wrapper in place; `step` is 0 unless a run is resumed."""

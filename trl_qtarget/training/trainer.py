@@ -43,7 +43,7 @@ from .saving import CheckpointMixin
 logger = get_logger(__name__)
 
 # Under prompt learning. All others see the text alone.
-_PRIORS_WITH_VIRTUAL_TOKENS = (PriorKind.NONE, PriorKind.POLICY, PriorKind.LAGGED)
+_PRIORS_WITH_VIRTUAL_TOKENS = (PriorKind.NONE, PriorKind.POLICY, PriorKind.START, PriorKind.LAGGED)
 
 # Arguments of the policy's forward that a prior's backbone is not given.
 _POLICY_ALONE = ("labels", "output_router_logits")
