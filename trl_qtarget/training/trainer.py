@@ -46,7 +46,7 @@ logger = get_logger(__name__)
 _PRIORS_WITH_VIRTUAL_TOKENS = (PriorKind.NONE, PriorKind.POLICY, PriorKind.START, PriorKind.LAGGED)
 
 # Arguments of the policy's forward that a prior's backbone is not given.
-_POLICY_ALONE = ("labels", "output_router_logits")
+_POLICY_ALONE = ("labels", "shift_labels", "output_router_logits")
 
 
 class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
@@ -177,7 +177,7 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        inputs["use_cache"] = False
+        inputs = dict(inputs, use_cache=False)  # the caller's batch stays as it is
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         with _explaining_truncated_images(self.args.max_length):
