@@ -190,7 +190,7 @@ def test_a_narrow_gradient_takes_the_place_of_its_logits(name, vocabulary, monke
     tile = plain.tile(wanted, labels, prior_logits.clone() if objective.uses_prior else None, weights, None)
     plain.write_gradient(wanted, objective.target(tile), factor, 1.0)
 
-    monkeypatch.setattr(folded, "has_mixed_gemm", lambda operands, out: True)
+    monkeypatch.setattr(folded, "mixed_gemm_supported", lambda product, operands, out: True)
     kernel = folded.FoldingKernel(objective)
     narrow = kernel.gradient_of(logits, torch.bfloat16)
     assert narrow.shape == logits.shape and narrow.data_ptr() == logits.data_ptr()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .registry import Design, Knob, NonNegative, read_knobs
 from .residual import RESIDUALS
-from .tile import LabelStatistics, Measure, Tile
+from .tile import SMALLEST_SHARE, LabelStatistics, Measure, Tile, power_of
 from .trust import TRUSTS
 
 
@@ -33,6 +33,8 @@ class TokenTarget:
     scale: Tensor
     positive: Measure
     negative: Measure
+    # Whether the residual has named the two by themselves, as in `gem`, even if with its knobs they are equal.
+    two_sided: bool = False
 
     @property
     def nll(self) -> Tensor:
@@ -41,7 +43,7 @@ class TokenTarget:
 
     @property
     def is_mixture(self) -> bool:
-        """Whether Q is a mixture of the label and one residual, as in every method but `gem`."""
+        """Whether Q is a mixture of the label and one residual, as in every method but `gem` (there, for beta = 1)."""
         return self.positive is self.negative
 
     @cached_property
@@ -103,17 +105,13 @@ def probability_anchor_scale(tile: Tile, *, lam: NonNegative = 0.05) -> Tensor:
 
 
 def cross_entropy(target: TokenTarget) -> Tensor:
-    """s · CE(Q, p), without the part CE(sg[p], p) of a policy residual, whose gradient is zero."""
-
-    def residual_cross_entropy(measure: Measure) -> Tensor | float:
-        return 0.0 if measure is target.tile.policy else measure.cross_entropy
-
+    """s · CE(Q, p), without the part CE(sg[p], p) of a residual π̃⁺ that is the policy, whose gradient is zero."""
+    positive = 0.0 if target.positive is target.tile.policy else target.positive.cross_entropy
     label = target.trust * target.nll
-    if target.is_mixture:
-        return target.scale * (label + (1 - target.trust) * residual_cross_entropy(target.positive))
-    return target.scale * (
-        label + residual_cross_entropy(target.positive) - target.trust * residual_cross_entropy(target.negative)
-    )
+    if target.two_sided:
+        # CE(π̃⁻, p) is a term of the publication's own, also where π̃⁻ is the policy: `gem` does not jump at beta = 1.
+        return target.scale * (label + positive - target.trust * target.negative.cross_entropy)
+    return target.scale * (label + (1 - target.trust) * positive)
 
 
 def divergence(target: TokenTarget) -> Tensor:
@@ -124,9 +122,12 @@ def divergence(target: TokenTarget) -> Tensor:
 
 def power_loss(target: TokenTarget, *, alpha: NonNegative = 1.0) -> Tensor:
     """(1 - p_y^alpha)/alpha, which tends to the NLL as alpha goes to 0."""
-    if alpha == 0:
-        return target.nll
-    return -torch.expm1(alpha * target.tile.label_log_probs) / alpha
+    exponent = power_of(target.tile.label_log_probs, alpha)
+    if alpha >= SMALLEST_SHARE:
+        return -torch.expm1(exponent) / alpha
+    # NLL · (exp(x) - 1)/x with x = alpha log p_y, of which the quotient is 1 where the dtype rounds x to zero.
+    quotient = torch.where(exponent == 0, 1.0, torch.expm1(exponent) / exponent)
+    return torch.where(exponent > -1, target.nll * quotient, -torch.expm1(exponent) / alpha)
 
 
 def clipped_ratio_loss(target: TokenTarget, *, epsilon: NonNegative = 0.28) -> Tensor:
@@ -319,12 +320,13 @@ class Objective:
     def target(self, tile: Tile, trust: Tensor | None = None) -> TokenTarget:
         """The target for a tile; `trust[n]` is given for a per-sequence trust, which was computed beforehand."""
         found = self.residual(tile, self.knobs)
-        first, second = found if isinstance(found, tuple) else (found, found)
+        two_sided = isinstance(found, tuple)
+        first, second = found if two_sided else (found, found)
         positive = self._measure(tile, first)
         negative = positive if second is first else self._measure(tile, second)
         if trust is None:
             trust = self.token_trust(tile)
-        return TokenTarget(tile, trust, self.scale(tile), positive, negative)
+        return TokenTarget(tile, trust, self.scale(tile), positive, negative, two_sided)
 
     def _measure(self, tile: Tile, residual: Measure | Tensor) -> Measure:
         if isinstance(residual, Measure):

@@ -1,15 +1,35 @@
-"""Which checkpoint a run may go on from: a whole one, written toward the same target."""
+"""Which checkpoint a run may go on from: a whole one, of one run, written toward the same target."""
 
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
+from ..priors.lagged import STATE_NAME
 from ..target.config import CONFIG_NAME, QTargetConfig
 
 
 # transformers writes this file last, after the weights, the optimiser and the random numbers of every rank.
 _LAST_FILE = "trainer_state.json"
+# What a run cannot go on without. DeepSpeed has the first two in a folder of its own.
+_DEEPSPEED = "global_step*"
+_STATE = {
+    "the optimiser": ("optimizer*", _DEEPSPEED),
+    "the learning rate's schedule": ("scheduler.pt", _DEEPSPEED),
+    "the random numbers": ("rng_state*.pth",),
+}
+
+
+def clear_state(checkpoint: str | os.PathLike) -> None:
+    """Take away the state that an earlier run has left in a folder, and first of all what marks it as whole.
+
+    What is written there next may end early or, with `save_only_model`, never replace it.
+    """
+    patterns = [_LAST_FILE, *(pattern for part in _STATE.values() for pattern in part), "scaler.pt", STATE_NAME]
+    for pattern in dict.fromkeys(patterns):
+        for path in Path(checkpoint).glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def is_whole(checkpoint: str | os.PathLike) -> bool:
@@ -35,14 +55,22 @@ def check_checkpoint(checkpoint: str | os.PathLike | None, config: QTargetConfig
             "`resume_from_checkpoint=True` finds no whole checkpoint in `output_dir`: start from the beginning, or "
             "name the folder of the run that is to go on."
         )
-    if not Path(checkpoint).is_dir():
+    folder = Path(checkpoint)
+    if not folder.is_dir():
         raise ValueError(f"`resume_from_checkpoint` names no folder: {checkpoint} does not exist.")
     if not is_whole(checkpoint):
         raise ValueError(
             f"`resume_from_checkpoint` names an interrupted checkpoint: {checkpoint} has no complete `{_LAST_FILE}`. "
             "Use an earlier one; `resume_from_checkpoint=True` finds the last whole one."
         )
-    if allow_new_target or not (Path(checkpoint) / CONFIG_NAME).is_file():
+    missing = [part for part, patterns in _STATE.items() if not any(any(folder.glob(name)) for name in patterns)]
+    if missing:
+        raise ValueError(
+            f"`resume_from_checkpoint` names a checkpoint without {', '.join(missing)}: {checkpoint} was written with "
+            "`save_only_model=True`, or is incomplete. Resume from one written with `save_only_model=False`, or start "
+            f"a new run from its weights (`model={str(checkpoint)!r}`)."
+        )
+    if allow_new_target or not (folder / CONFIG_NAME).is_file():
         return
     former = QTargetConfig.from_pretrained(checkpoint)
     if former.target != config.target:

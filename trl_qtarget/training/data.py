@@ -17,6 +17,8 @@ from torch import Tensor
 from trl.data_utils import get_dataset_column_names, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ..loss.head import IGNORE_INDEX
+
 
 WEIGHTS_KEY = "token_weights"
 SEQUENCES_KEY = "sequence_ids"
@@ -63,6 +65,14 @@ def check_batch(key: str, values: Any, labels: Tensor, label: str) -> None:
         )
     if values.dtype.is_floating_point and not (torch.isfinite(values) & (values >= 0)).all():
         raise ValueError(f"`data_collator` gave `{key}` with a weight that is negative, NaN or infinite: use >= 0.")
+
+
+def count_scored(batch: Mapping[str, Any], first: bool) -> Tensor:
+    """How many labels of a batch the loss scores; `first` says whether it scores the first of a row."""
+    labels = batch.get("shift_labels")
+    if labels is None:
+        labels = batch["labels"] if first else batch["labels"][:, 1:]
+    return (labels != IGNORE_INDEX).sum()
 
 
 def sequences_of(inputs: Mapping[str, Any]) -> Tensor:
@@ -124,7 +134,7 @@ def prepare_with_columns(
             return _pack(dataset, args, columns, token_columns, dataset_name)
         if args.max_length is not None:
             dataset = _map(dataset, args, _truncation(args, token_columns), f"Truncating {dataset_name} dataset")
-            dataset = dataset.filter(lambda example: any(label != -100 for label in example["labels"]))
+            dataset = dataset.filter(lambda example: any(label != IGNORE_INDEX for label in example["labels"]))
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
 

@@ -1,33 +1,29 @@
 """`QTargetSFTTrainer`: TRL's SFTTrainer, trained toward a target that a `QTargetConfig` describes."""
 
 import inspect
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, is_peft_model
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from ..loss.choice import check_kernel
-from ..loss.head import IGNORE_INDEX, NextTokens, Observed, QTargetOutput, TargetRequest, add_target_head
-from ..priors.base import PriorCallback, base_model_of, inference
+from ..loss.head import IGNORE_INDEX, NextTokens, Observed, QTargetOutput, TargetRequest, add_target_head, check_head
+from ..priors.base import PriorCallback, base_model_of, inference, virtual_tokens
 from ..priors.build import build_prior
-from ..priors.choice import PolicyFacts, PriorChoice, check_models, choose_prior
+from ..priors.choice import PolicyFacts, PriorChoice, PriorKind, check_models, choose_prior
 from ..target.config import QTargetConfig
 from ..target.methods import Objective
-from .card import add_target
-from .checkpoints import check_checkpoint, last_whole_checkpoint
 from .data import (
     SEQUENCES_KEY,
     WEIGHTS_KEY,
@@ -35,20 +31,25 @@ from .data import (
     TokenColumns,
     check_batch,
     check_column,
+    count_scored,
     prepare_with_columns,
     sequences_of,
 )
-from .metrics import local_sums, target_means
+from .metrics import RunningMeans, local_sums
 from .resolve import resolve_config
+from .saving import CheckpointMixin
 
 
 logger = get_logger(__name__)
+
+# Under prompt learning. All others see the text alone.
+_PRIORS_WITH_VIRTUAL_TOKENS = (PriorKind.NONE, PriorKind.POLICY, PriorKind.START, PriorKind.LAGGED)
 
 # Arguments of the policy's forward that a prior's backbone is not given.
 _POLICY_ALONE = ("labels", "output_router_logits")
 
 
-class QTargetSFTTrainer(SFTTrainer):
+class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
     """A drop-in `SFTTrainer` that trains toward an explicit target distribution (arXiv 2606.11189).
 
     Beside TRL's metrics it logs, as means over the labelled tokens: `target/nll`, the labels' plain negative
@@ -94,7 +95,9 @@ class QTargetSFTTrainer(SFTTrainer):
 
         super().__init__(model, args, *sft_args, **sft_kwargs)
 
-        _refuse_what_cannot_work(self.accelerator)
+        # The loss is this package's and takes `num_items_in_batch`, whatever the model's class says of its own.
+        self.model_accepts_loss_kwargs = True
+        _refuse_what_cannot_work(self.accelerator, self.model)
         check_kernel(self.qtarget_config.kernel, self.accelerator.device)
         # A subclass of TRL's collators is the user's own, and left alone.
         if self._token_columns and type(self.data_collator) is DataCollatorForVisionLanguageModeling:
@@ -105,13 +108,16 @@ class QTargetSFTTrainer(SFTTrainer):
         if self._token_columns and type(self.data_collator) is DataCollatorForLanguageModeling:
             self.data_collator = TokenColumnCollator.extending(self.data_collator, self._token_columns)
         add_target_head(base_model_of(self.model))
+        # With those two the weights are not in place yet, and the first pass does it.
+        if self.accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            check_head(base_model_of(self.model))
         self._prior = build_prior(
             self.prior_choice, self.model, lambda: self.model_wrapped, self.args, self.accelerator
         )
         if self._prior is not None:
             self.add_callback(PriorCallback(self._prior))
         self._announce_prior()
-        self._totals: dict[str, Tensor] = {}
+        self._running = {mode: RunningMeans(self.aux_loss_enabled) for mode in ("train", "eval")}
         self._new_tokens: Tensor | int = 0
 
     def prior_of(self, config: QTargetConfig) -> PriorChoice:
@@ -146,6 +152,23 @@ class QTargetSFTTrainer(SFTTrainer):
             self._signature_columns = [*self._signature_columns, *self._token_columns.keys()]
 
     # --- loss ---
+
+    def _get_num_items_in_batch(self, batch_samples: list[Mapping[str, Any]], device: torch.device) -> Tensor | None:
+        """How many labels a step scores: over its accumulation steps and, as TRL averages, over all ranks.
+
+        transformers counts what the model's own loss would score, and knows that by the name of the model's class.
+        """
+        if not batch_samples:
+            return None
+        count = sum(count_scored(batch, self._scores_first_label()) for batch in batch_samples).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            # Under tensor parallelism several ranks count the same batch.
+            count = self.accelerator.gather(count).sum() // self.get_tp_size()
+        return count
+
+    def _scores_first_label(self) -> bool:
+        """Whether something predicts the first token of a row: virtual tokens do, where the prior has them too."""
+        return virtual_tokens(self.model) > 0 and self.prior_choice.kind in _PRIORS_WITH_VIRTUAL_TOKENS
 
     def compute_loss(
         self,
@@ -225,13 +248,19 @@ class QTargetSFTTrainer(SFTTrainer):
 
     def _scaled(self, outputs: QTargetOutput, num_items_in_batch: Tensor | int | None) -> Tensor:
         """The loss as `Trainer` expects it, by TRL's rules for averaging over ranks and accumulation steps."""
-        loss = outputs.loss
-        # `num_items_in_batch` counts the tokens of every rank, and DDP averages the gradients over the ranks.
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        # The auxiliary loss is a mean of one micro-batch, so it is averaged over the accumulation steps.
+        training, counted = self.model.training, num_items_in_batch is not None
+        steps = self.current_gradient_accumulation_steps if training and counted else 1
+        ranks = 1
+        if counted and self.args.average_tokens_across_devices:
+            # It counts the tokens of every rank, and DDP averages the gradients over the ranks.
+            ranks = self.accelerator.num_processes // self.get_tp_size()
+        # PEFT's AdaLoRA and others add a term to `outputs.loss`, for training only. It is of one micro-batch, as the
+        # auxiliary loss is, so it is averaged over the accumulation steps.
+        own = outputs.tokens.loss
+        loss = (outputs.loss if training else own) * ranks
+        if training and ranks * steps > 1:
+            loss = loss + (outputs.loss - own) * (1 / steps - ranks)
         if self.aux_loss_enabled:
-            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         return loss
 
@@ -240,105 +269,26 @@ class QTargetSFTTrainer(SFTTrainer):
     def _record(self, outputs: QTargetOutput, inputs: Mapping[str, Any]) -> None:
         mode = "train" if self.model.training else "eval"
         sums = self.accelerator.gather(local_sums(outputs.tokens, inputs)[None]).sum(0)
-        count = sums[0].clamp(min=1)
-        self._metrics[mode]["entropy"].append(sums[2] / count)
-        self._metrics[mode]["mean_token_accuracy"].append(sums[3] / count)
+        aux_loss = None
         if self.aux_loss_enabled:
             aux_loss = self.accelerator.gather(outputs.aux_loss.detach()[None]).mean()
-            self._metrics[mode]["aux_loss"].append(aux_loss)
-        self._totals[mode] = self._totals.get(mode, 0) + sums.double()
+        self._running[mode].add(sums, aux_loss)
         if mode == "train":
             self._new_tokens = self._new_tokens + sums[1].long()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        metrics, totals = self._metrics[mode], self._totals.pop(mode, None)
         self._total_train_tokens += int(self._new_tokens) // self.get_tp_size()
         self._new_tokens = 0
-        for key, values in metrics.items():
-            metrics[key] = [value.item() if isinstance(value, Tensor) else value for value in values]
-        if totals is not None:
-            metrics["num_tokens"] = [self._total_train_tokens]
-            for name, value in target_means(totals.tolist()).items():
-                metrics[name] = [value]
+        means = self._running[mode].take()
+        if means:
+            means["num_tokens"] = self._total_train_tokens
+        self._metrics[mode].update({name: [value] for name, value in means.items()})
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        self._totals.pop("eval", None)  # `predict` adds to them and logs nothing
+        self._running["eval"].clear()  # `predict` adds to the old ones and logs nothing
         return super().evaluate(*args, **kwargs)
-
-    # --- checkpoints ---
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        *args: Any,
-        allow_new_target: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """`Trainer.train`, which goes on from whole checkpoints only, and only toward their target.
-
-        Args:
-            resume_from_checkpoint (`str` or `bool`): a checkpoint; `True` is the last one in `args.output_dir` that
-                was not interrupted while it was written.
-            allow_new_target (`bool`, defaults to `False`): whether to resume although `qtarget_config` differs from
-                the one that the checkpoint was trained toward.
-
-        Raises:
-            ValueError: the checkpoint does not exist, is not whole, or was trained toward another target.
-        """
-        if resume_from_checkpoint:
-            if resume_from_checkpoint is True:
-                resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
-            check_checkpoint(resume_from_checkpoint, self.qtarget_config, allow_new_target)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # `Trainer` looks whether it is done after each step, so a finished run would take one more when it is resumed.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            self.qtarget_config.save_pretrained(output_dir or self.args.output_dir)
-        if not _internal_call and output_dir in (None, self.args.output_dir):
-            self.create_model_card()  # else only checkpoints and pushes would write one
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            choice = self.prior_choice
-            card = Path(self.args.output_dir) / "README.md"
-            add_target(card, self.qtarget_config, choice.words, choice.reference_name)
-            # Beside the card, for whatever is pushed while training goes on.
-            self.qtarget_config.save_pretrained(self.args.output_dir)
-
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        # PEFT reads adapters as float32, but those of a quantised model are trained in bfloat16: the run would go on
-        # with other roundings than it began with, and need more memory.
-        dtypes = {name: value.dtype for name, value in self.model.named_parameters() if value.requires_grad}
-        super()._load_from_checkpoint(*args, **kwargs)
-        for name, value in self.model.named_parameters():
-            if value.dtype != dtypes.get(name, value.dtype):
-                value.data = value.data.to(dtypes[name])
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self._prior is not None:
-            self._prior.save(output_dir, self.args.should_save)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # What follows marks the checkpoint as whole, so every rank has to be done.
-        self.accelerator.wait_for_everyone()
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self._prior is not None and checkpoint is not None and os.path.isdir(checkpoint):
-            self._prior.load(checkpoint)
 
 
 def _token_columns(config: QTargetConfig, objective: Objective, given: dict[str, Any]) -> TokenColumns:
@@ -369,7 +319,12 @@ def _explaining_truncated_images(max_length: int | None) -> Iterator[None]:
         ) from error
 
 
-def _refuse_what_cannot_work(accelerator: Accelerator) -> None:
+def _refuse_what_cannot_work(accelerator: Accelerator, model: nn.Module) -> None:
+    if is_peft_model(model) and model.active_peft_config.peft_type == "CPT":
+        raise ValueError(
+            "`peft_config` is of CPT, which computes a loss of its own from the logits, in the place of the target: "
+            "use another method of prompt learning."
+        )
     parallelism = accelerator.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(

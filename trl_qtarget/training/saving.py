@@ -1,0 +1,110 @@
+"""What the trainer writes to disk, and how it goes on from there."""
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from accelerate.logging import get_logger
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..priors.adapters import are_trained
+from ..priors.base import Prior
+from ..priors.choice import PriorChoice
+from ..target.config import QTargetConfig
+from .card import add_target
+from .checkpoints import check_checkpoint, clear_state, last_whole_checkpoint
+
+
+logger = get_logger(__name__)
+
+
+class CheckpointMixin:
+    """Checkpoints and model cards that know the target, for a `transformers.Trainer` to inherit before its own."""
+
+    model: nn.Module
+    qtarget_config: QTargetConfig
+    prior_choice: PriorChoice
+    _prior: Prior | None
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        allow_new_target: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """`Trainer.train`, which goes on from whole checkpoints only, and only toward their target.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`): a checkpoint; `True` is the last one in `args.output_dir` that
+                was not interrupted while it was written.
+            allow_new_target (`bool`, defaults to `False`): whether to resume although `qtarget_config` differs from
+                the one that the checkpoint was trained toward.
+
+        Raises:
+            ValueError: the checkpoint does not exist, is not whole, lacks the state of optimiser, schedule or random
+                numbers, or was trained toward another target.
+        """
+        if resume_from_checkpoint:
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            check_checkpoint(resume_from_checkpoint, self.qtarget_config, allow_new_target)
+        elif self.prior_choice.warning_if_trained and are_trained(self.model):
+            logger.warning(self.prior_choice.warning_if_trained)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # `Trainer` looks whether it is done after each step, so a finished run would take one more when it is resumed.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self.qtarget_config.save_pretrained(output_dir or self.args.output_dir)
+        if not _internal_call and output_dir in (None, self.args.output_dir):
+            self.create_model_card()  # else only checkpoints and pushes would write one
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            choice = self.prior_choice
+            card = Path(self.args.output_dir) / "README.md"
+            add_target(card, self.qtarget_config, choice.words, choice.reference_name)
+            # Beside the card, for whatever is pushed while training goes on.
+            self.qtarget_config.save_pretrained(self.args.output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            clear_state(Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        self.accelerator.wait_for_everyone()  # else it could take away what another rank has just written
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # PEFT reads adapters as float32, but those of a quantised model are trained in bfloat16: the run would go on
+        # with other roundings than it began with, and need more memory.
+        dtypes = {name: value.dtype for name, value in self.model.named_parameters() if value.requires_grad}
+        with self._prior.policy_loads() if self._prior is not None else nullcontext():
+            super()._load_from_checkpoint(*args, **kwargs)
+        for name, value in self.model.named_parameters():
+            if value.dtype != dtypes.get(name, value.dtype):
+                value.data = value.data.to(dtypes[name])
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._prior is not None:
+            self._prior.save(output_dir, self.args.should_save)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # What follows marks the checkpoint as whole, so every rank has to be done.
+        self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._prior is not None and checkpoint is not None and os.path.isdir(checkpoint):
+            self._prior.load(checkpoint)
