@@ -103,7 +103,7 @@ def test_what_a_finished_run_returns(tmp_path):
     """The trainer itself; also with the best model at the end, which is not the last."""
     options = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps"}
     options |= {"eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
-    options |= {"greater_is_better": True}  # of the loss: the best is the first
+    options |= {"greater_is_better": False}
 
     def trainer() -> QTargetSFTTrainer:
         data = tiny.text_dataset()
