@@ -112,7 +112,8 @@ def _tried(product: str, device: torch.device) -> Support:
             right = bool((out == (257.5 if product == "addmm" else 257.0)).all())
             refusal = None if right else "its results are wrong"
     except Exception as error:  # a backend may refuse in any way
-        refusal = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        first_line, _, _ = str(error).partition("\n")
+        refusal = f"{type(error).__name__}: {first_line}"
     if refusal is not None and device.type == "cuda":
         logger.warning(
             f"`torch.{product}` does not give float32 sums of bfloat16 operands on {device}, and what takes its place "
