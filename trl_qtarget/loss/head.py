@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..gemm import Head
+from ..target.checks import check_labels_inside
 from ..target.methods import Objective
 from .body import UnfitHead, head_module, module_of_product, rows, run_body, run_head
 from .linear import LinearQTargetOutput, Observer, fused_loss
@@ -63,14 +64,17 @@ class NextTokens:
     index: Tensor
 
     @classmethod
-    def of(cls, labels: Tensor) -> "NextTokens":
+    def of(cls, labels: Tensor, vocabulary: int | None = None) -> "NextTokens":
         """Of `labels[B, T]` as a collator makes them: entry `t + 1` is what position `t` predicts."""
-        return cls.shifted(_next_token(labels, IGNORE_INDEX))
+        return cls.shifted(_next_token(labels, IGNORE_INDEX), vocabulary)
 
     @classmethod
-    def shifted(cls, labels: Tensor) -> "NextTokens":
-        """Of labels that are shifted already, flattened to `[B·T]`."""
-        return cls(labels, (labels != IGNORE_INDEX).nonzero().squeeze(1))
+    def shifted(cls, labels: Tensor, vocabulary: int | None = None) -> "NextTokens":
+        """Of labels that are shifted already, flattened to `[B·T]`; a ValueError if one is outside the vocabulary."""
+        index = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        if vocabulary is not None:
+            check_labels_inside(labels, index, vocabulary, IGNORE_INDEX)
+        return cls(labels, index)
 
 
 @dataclass
@@ -208,14 +212,17 @@ def _next_token(values: Tensor, fill: float = 0) -> Tensor:
     return F.pad(values[:, 1:], (0, 1), value=fill).reshape(-1)
 
 
-def _next_tokens(request: TargetRequest, labels: Tensor | None, shift_labels: Tensor | None) -> NextTokens:
+def _next_tokens(
+    request: TargetRequest, labels: Tensor | None, shift_labels: Tensor | None, vocabulary: int
+) -> NextTokens:
     if shift_labels is not None:
-        return NextTokens.shifted(shift_labels.reshape(-1))
+        return NextTokens.shifted(shift_labels.reshape(-1), vocabulary)
     known = request.next_tokens
     # Prompt learning has put virtual tokens before the text since.
-    return known if known is not None and len(known.labels) == labels.numel() else NextTokens.of(labels)
+    return known if known is not None and len(known.labels) == labels.numel() else NextTokens.of(labels, vocabulary)
 
 
+@torch.compiler.disable
 def _target_loss(
     head: ModelHead,
     hidden: Tensor,
@@ -326,7 +333,7 @@ def add_target_head(model: PreTrainedModel) -> None:
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         if qtarget is None:
             return FinalHiddenOutput(final_hidden_states(self, *args, **kwargs))
-        next_tokens = _next_tokens(qtarget, labels, shift_labels)
+        next_tokens = _next_tokens(qtarget, labels, shift_labels, vocabulary_of(self))
         prior = None if qtarget.prior is None else qtarget.prior()
         hidden, outputs = _body(self, args, kwargs)
         tokens = _loss_in_place_of_logits(self, hidden, prior, qtarget, next_tokens, num_items_in_batch)

@@ -146,7 +146,8 @@ def _fit(model: PreTrainedModel, product: Tensor, logits: Tensor, dtype: torch.d
             "the fused loss does not: it cannot train this class."
         )
     kept = None if vocabulary == product.size(-1) else vocabulary
-    product, seen = product[..., :vocabulary].double(), logits.double()
+    # On the CPU: Apple's devices have no float64.
+    product, seen = product[..., :vocabulary].cpu().double(), logits.cpu().double()
     told = LogitTransform(*read_logit_transform(model.config), kept)
     known = [told, LogitTransform(vocabulary=kept)]  # first: a number that is measured is rounded
     scale = (seen[product == _RULER[0]] / _RULER[0]).mean().item()

@@ -17,6 +17,7 @@ from trl.trainer.utils import create_model_from_path
 from ..loss.head import PriorStates, add_target_head, check_head, head_of
 from ..target.checks import check_vocabulary
 from .base import Prior, base_model_of
+from .loading import reference_options
 from .shards import reshard, whole_shape
 
 
@@ -36,12 +37,13 @@ class ModelPrior(Prior):
 def load_reference(
     path: str, policy: PreTrainedModel, args: SFTConfig, accelerator: Accelerator, same_model: bool = False
 ) -> PreTrainedModel:
-    """Load a reference model with the policy's options and in its dtype; the `same_model` in its revision too."""
-    options = {"dtype": policy.dtype, "trust_remote_code": args.trust_remote_code}
-    options |= args.model_init_kwargs or {}
-    if not same_model:
-        for of_the_policy_alone in ("quantization_config", "revision"):
-            options.pop(of_the_policy_alone, None)
+    """Load a reference model in the policy's dtype, by those of the policy's options that say nothing of which model.
+
+    The `same_model` takes all of them. Code of another model's repository is not run: load such a model yourself.
+    """
+    given = args.model_init_kwargs or {}
+    own = {"trust_remote_code": args.trust_remote_code} | given if same_model else reference_options(given)
+    options = {"dtype": policy.dtype} | own
     if accelerator.num_processes > 1:
         options["device_map"] = None
     return create_model_from_path(path, **options)

@@ -18,7 +18,16 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
 from ..loss.choice import check_kernel
-from ..loss.head import IGNORE_INDEX, NextTokens, Observed, QTargetOutput, TargetRequest, add_target_head, check_head
+from ..loss.head import (
+    IGNORE_INDEX,
+    NextTokens,
+    Observed,
+    QTargetOutput,
+    TargetRequest,
+    add_target_head,
+    check_head,
+    vocabulary_of,
+)
 from ..priors.base import PriorCallback, base_model_of, inference, virtual_tokens
 from ..priors.build import build_prior
 from ..priors.choice import PolicyFacts, PriorChoice, PriorKind, check_models, choose_prior
@@ -62,7 +71,8 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         qtarget_config (`QTargetConfig`, `str` or `dict`): the target; a method's name for its defaults. `None` is
             `"target_sft"`, or `"dft"` if `args.loss_type="dft"`.
         ref_model (`str` or `PreTrainedModel`): reference model or teacher, of the policy's vocabulary: the prior of
-            every method that uses a frozen one. A path is loaded with `args.model_init_kwargs`, in the policy's dtype.
+            every method that uses a frozen one. A path is loaded in the policy's dtype and with those of
+            `args.model_init_kwargs` that say nothing of which model it is; code of its repository is not run.
 
     Raises:
         ValueError: before any training step, if the target, the `SFTConfig`, the reference model or the dataset do not
@@ -210,7 +220,7 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         if objective.trust.per_sequence:
             sequences = sequences_of(inputs) if sequences is None else sequences
             check_batch(SEQUENCES_KEY, sequences, inputs["labels"], self.qtarget_config.label)
-        prior, next_tokens = None, NextTokens.of(inputs["labels"])
+        prior, next_tokens = None, NextTokens.of(inputs["labels"], vocabulary_of(base_model_of(self.model)))
         if self._prior is not None:
             prior = self._prior.request({key: value for key, value in inputs.items() if key not in _POLICY_ALONE})
         config = self.qtarget_config
@@ -249,7 +259,8 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
     def _scaled(self, outputs: QTargetOutput, num_items_in_batch: Tensor | int | None) -> Tensor:
         """The loss as `Trainer` expects it, by TRL's rules for averaging over ranks and accumulation steps."""
         training, counted = self.model.training, num_items_in_batch is not None
-        steps = self.current_gradient_accumulation_steps if training and counted else 1
+        # Known to `Trainer` from its first step on: before, a loss is one of one step.
+        steps = getattr(self, "current_gradient_accumulation_steps", 1) if training and counted else 1
         ranks = 1
         if counted and self.args.average_tokens_across_devices:
             # It counts the tokens of every rank, and DDP averages the gradients over the ranks.
