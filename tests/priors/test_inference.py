@@ -9,7 +9,7 @@ from training import first_batch, make_trainer, other_model, warm_model
 from transformers import PhimoeConfig, PhimoeForCausalLM
 
 from trl_qtarget import QTargetConfig, QTargetSFTTrainer
-from trl_qtarget.priors.base import inference
+from trl_qtarget.loss.body import inference
 
 
 def phimoe() -> PhimoeForCausalLM:

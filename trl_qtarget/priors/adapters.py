@@ -6,7 +6,7 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import nn
 
-from .base import inference
+from ..loss.body import inference
 from .shards import in_zero3, share
 
 

@@ -13,7 +13,6 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from ..loss.body import inference as inference
 from ..loss.head import PriorStates, final_hidden_states
 
 

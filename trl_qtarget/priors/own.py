@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ..files import replacing
 from ..gemm import Head
+from ..loss.body import inference
 from ..loss.head import PriorStates, head_of
 from .adapters import adapter_parameters
-from .base import Prior, backbone_states, base_model_of, inference
+from .base import Prior, backbone_states, base_model_of
 from .shards import exchanged, gather, in_fsdp2, in_zero3, reshard, scatter, share
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
+from ..loss.body import inference
 from ..loss.choice import check_kernel
 from ..loss.head import (
     IGNORE_INDEX,
@@ -28,7 +29,7 @@ from ..loss.head import (
     check_head,
     vocabulary_of,
 )
-from ..priors.base import PriorCallback, base_model_of, inference, virtual_tokens
+from ..priors.base import PriorCallback, base_model_of, virtual_tokens
 from ..priors.build import build_prior
 from ..priors.choice import PolicyFacts, PriorChoice, PriorKind, check_models, choose_prior
 from ..target.config import QTargetConfig
