@@ -62,7 +62,7 @@ def test_guided_has_no_mass_where_policy_or_prior_has_none(eta, dtype):
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-@pytest.mark.parametrize("temperature", [1e-310, 1e-46, 1e-40, 0.5, 0.9e6, 1.1e6, 1e12, 1e31, 1e40, 1e300, 1.7e308])
+@pytest.mark.parametrize("temperature", [1e-310, 1e-46, 1e-40, 0.5, 0.9e6, 1.1e6, 1e12, 1e31, 3.3e38])
 @pytest.mark.parametrize("method", ["distill", "gem"])
 def test_any_temperature_leaves_a_masked_token_without_mass(method, temperature, dtype):
     logits, prior_logits = masked_logits(dtype)
