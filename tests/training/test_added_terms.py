@@ -64,7 +64,7 @@ def test_nothing_added_changes_nothing(steps):
     found = {name: value.grad.clone() for name, value in trainer.model.named_parameters()}
     trainer.model.zero_grad()
     request = trainer.target_request(batch)
-    trainer.model(**batch, qtarget=request, num_items_in_batch=count).loss.backward()
+    trainer.model(**batch, qtarget=request, num_items_in_batch=count).tokens.loss.backward()
     assert found.keys() == trainable(trainer.model).keys()
     assert all(found[name].equal(value.grad) for name, value in trainer.model.named_parameters())
 

@@ -33,8 +33,13 @@ def rows(weight: Tensor) -> int:
     return getattr(weight, "ds_shape", weight.shape)[0]
 
 
+def no_logits(of: Tensor, like: Tensor, vocabulary: int) -> Tensor:
+    """Logits `[B, 0, V]` of no position, which hang on `of` in the graph and cost nothing; `like` is `[B, T, H]`."""
+    return of.to(like.dtype).reshape(-1)[:0].reshape(1, 0, 1).expand(like.size(0), 0, vocabulary)
+
+
 class _InPlaceOfHead(nn.Module):
-    """Keeps what would enter a head, and answers with the logits of no position at all, which cost nothing."""
+    """Keeps what would enter a head, and gives another answer than its logits."""
 
     def __init__(self, head: nn.Module, answer: Callable[[Tensor], Tensor] | None):
         super().__init__()
@@ -49,7 +54,7 @@ class _InPlaceOfHead(nn.Module):
         self.entered.append(hidden)
         if self.answer is not None:
             return self.answer(hidden)
-        return hidden.new_empty(*hidden.shape[:-2], 0, rows(self.head.weight))
+        return no_logits(hidden, hidden, rows(self.head.weight))
 
 
 @contextmanager
@@ -79,7 +84,8 @@ def run_body(
         model: the causal language model.
         forward: its forward.
         args, kwargs: what the forward is called with.
-        answer: what the head gives in this pass instead of logits; by default none, of no position.
+        answer: makes of what enters the head what it gives in this pass; by default logits of no position. It is
+            called where the head would be, with all that is wrapped around the modules that contain it.
 
     Returns:
         What would have entered the head, `[B, T, H]`, and the model's outputs.

@@ -2,8 +2,8 @@
 
 `add_target_head(model)` makes two calls understood, both without `[N, V]` logits; any other call is unchanged:
 
-    model(**inputs, labels=labels, qtarget=request)  -> QTargetOutput, the loss toward the requested target
-    model(**inputs, final_hidden=True)               -> FinalHiddenOutput, what a prior needs of its model
+    model(**inputs, labels=labels, qtarget=Sealed(request))  -> QTargetOutput, the loss toward the requested target
+    model(**inputs, final_hidden=True)                       -> FinalHiddenOutput, what a prior needs of its model
 """
 
 import functools
@@ -27,9 +27,9 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 from ..gemm import Head
 from ..target.checks import check_labels_inside
 from ..target.methods import Objective
-from .body import UnfitHead, head_module, module_of_product, rows, run_body, run_head
+from .body import UnfitHead, head_module, module_of_product, no_logits, rows, run_body, run_head
 from .linear import LinearQTargetOutput, Observer, fused_loss
-from .probe import LogitTransform, check_weight, measure, probe_inputs, read_logit_transform
+from .probe import LogitTransform, check_weight, logits_of, measure, probe_inputs, read_logit_transform
 
 
 IGNORE_INDEX = -100
@@ -110,13 +110,35 @@ class TargetRequest:
     observed: Sequence[Observed] = ()
 
 
+class Sealed:
+    """A value that wrappers hand on as it is: FSDP2 takes dataclasses apart and rounds their tensors."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
 @dataclass
 class QTargetOutput(ModelOutput):
-    """Loss toward the target, the statistics of every position, and the load-balancing loss of a MoE model."""
+    """Loss toward the target with the statistics of every position, and the load-balancing loss of a MoE model.
+
+    `loss` is what the wrappers of the model see, may round and may add to, as PEFT's AdaLoRA does: a zero that hangs
+    on the loss, so that they know of its backward pass. The loss itself is `tokens.loss`; add both.
+    """
 
     loss: Tensor | None = None
-    tokens: LinearQTargetOutput | None = None
-    aux_loss: Tensor | None = None
+    sealed: Sealed | None = None
+
+    @classmethod
+    def of(cls, tokens: LinearQTargetOutput, aux_loss: Tensor | None) -> "QTargetOutput":
+        return cls(tokens.loss.reshape(1)[:0].sum(), Sealed((tokens, aux_loss)))
+
+    @property
+    def tokens(self) -> LinearQTargetOutput:
+        return self.sealed.value[0]
+
+    @property
+    def aux_loss(self) -> Tensor | None:
+        return self.sealed.value[1]
 
 
 @dataclass
@@ -276,29 +298,38 @@ def _target_loss(
         return output
 
 
-def _loss_in_place_of_logits(model: PreTrainedModel, hidden: Tensor, *of_batch: Any) -> LinearQTargetOutput:
-    """`_target_loss` where the head would have made logits, with all that is wrapped around the head."""
-    output: LinearQTargetOutput | None = None
-
-    def product(module: nn.Module, hidden: Tensor) -> Tensor:
-        nonlocal output
-        output = _target_loss(_model_head(module, vars(model)[_TAUGHT].transform), hidden, *of_batch)
-        return output.loss
-
-    passed = run_head(head_module(model), hidden, product)
-    if passed is output.loss:
-        return output
-    # A wrapper's hooks wait for the gradient of what they returned, which they may have rounded to their dtype.
-    return replace(output, loss=output.loss + (0 * passed).to(output.loss))
-
-
-def _body(model: PreTrainedModel, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
+def _body(
+    model: PreTrainedModel,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    answer: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Any]:
     """`run_body`, after the model's head has been looked at."""
     kwargs["use_cache"] = False
     taught: _Taught = vars(model)[_TAUGHT]
     if taught.transform is None:
         taught.transform = measure(model, taught.forward, args, kwargs)
-    return run_body(model, taught.forward, args, kwargs)
+    return run_body(model, taught.forward, args, kwargs, answer)
+
+
+def _loss_in_place_of_logits(
+    model: PreTrainedModel, args: Sequence[Any], kwargs: dict[str, Any], *of_batch: Any
+) -> tuple[LinearQTargetOutput, Any]:
+    """`_target_loss` where the head would make logits, with all that is wrapped around it; and the model's outputs."""
+    head, tokens = head_module(model), None
+
+    def product(module: nn.Module, hidden: Tensor) -> Tensor:
+        nonlocal tokens
+        tokens = _target_loss(_model_head(module, vars(model)[_TAUGHT].transform), hidden, *of_batch)
+        return tokens.loss
+
+    def answer(hidden: Tensor) -> Tensor:
+        return no_logits(run_head(head, hidden, product), hidden, rows(head.weight))
+
+    _, outputs = _body(model, args, kwargs, answer)
+    # Wrappers wait for the gradients of what their modules return, so the logits of no position are a part of the
+    # loss. The loss itself has not passed through the wrappers' hooks, of which some round to a dtype of theirs.
+    return replace(tokens, loss=tokens.loss + logits_of(outputs).sum().to(tokens.loss)), outputs
 
 
 def final_hidden_states(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Tensor:
@@ -325,7 +356,8 @@ def add_target_head(model: PreTrainedModel) -> None:
     # Bound to the model and to nothing else, so that a copy of the model runs the copy. The original signature is
     # kept: `generate` and `Trainer` look at it.
     @functools.wraps(type(model).forward)
-    def forward(self, *args, qtarget: TargetRequest | None = None, final_hidden: bool = False, **kwargs):
+    def forward(self, *args, qtarget: TargetRequest | Sealed | None = None, final_hidden: bool = False, **kwargs):
+        qtarget = qtarget.value if isinstance(qtarget, Sealed) else qtarget
         if qtarget is None and not final_hidden:
             return vars(self)[_TAUGHT].forward(*args, **kwargs)
         labels = kwargs.pop("labels", None)
@@ -335,13 +367,12 @@ def add_target_head(model: PreTrainedModel) -> None:
             return FinalHiddenOutput(final_hidden_states(self, *args, **kwargs))
         next_tokens = _next_tokens(qtarget, labels, shift_labels, vocabulary_of(self))
         prior = None if qtarget.prior is None else qtarget.prior()
-        hidden, outputs = _body(self, args, kwargs)
-        tokens = _loss_in_place_of_logits(self, hidden, prior, qtarget, next_tokens, num_items_in_batch)
+        of_batch = (prior, qtarget, next_tokens, num_items_in_batch)
+        tokens, outputs = _loss_in_place_of_logits(self, args, kwargs, *of_batch)
         aux_loss = None
         if kwargs.get("output_router_logits"):
             aux_loss = _load_balancing_loss(text_config, outputs.router_logits, kwargs.get("attention_mask"))
-        # A copy: PEFT's AdaLoRA adds to it in place.
-        return QTargetOutput(loss=tokens.loss.clone(), tokens=tokens, aux_loss=aux_loss)
+        return QTargetOutput.of(tokens, aux_loss)
 
     model.forward = types.MethodType(forward, model)
 

@@ -100,18 +100,22 @@ def measure(
     Raises:
         UnfitHead: the head is not `hidden @ weight.T + bias`, or what follows is no scale and soft-cap.
     """
+    head, product = head_module(model), None
+
+    def answer(hidden: Tensor) -> Tensor:
+        nonlocal product
+        _check_product(model, head, hidden[:1, :_POSITIONS])
+        product = _product(hidden, rows(head.weight))
+        return product
+
     with _no_trace(model):
-        product: Tensor | None = None
-
-        def answer(hidden: Tensor) -> Tensor:
-            nonlocal product
-            product = _product(hidden, rows(head_module(model).weight))
-            return product
-
         hidden, outputs = run_body(model, forward, args, kwargs, answer)
-        _check_product(model, hidden[:1, :_POSITIONS])
-    logits = outputs.logits if hasattr(outputs, "logits") else outputs[0]
-    return _fit(model, product, logits, hidden.dtype)
+    return _fit(model, product, logits_of(outputs), hidden.dtype)
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits among a model's outputs, which are a tuple with `return_dict=False`."""
+    return outputs.logits if hasattr(outputs, "logits") else outputs[0]
 
 
 def _product(hidden: Tensor, vocabulary: int) -> Tensor:
@@ -123,8 +127,7 @@ def _product(hidden: Tensor, vocabulary: int) -> Tensor:
     return ruler[(tokens + 7 * positions[:, None]) % len(_RULER)][None]
 
 
-def _check_product(model: PreTrainedModel, hidden: Tensor) -> None:
-    head = head_module(model)
+def _check_product(model: PreTrainedModel, head: nn.Module, hidden: Tensor) -> None:
     own = head(hidden)
     ours = run_head(head, hidden, lambda module, value: F.linear(value, module.weight, getattr(module, "bias", None)))
     difference = (own.float() - ours.float()).abs().nan_to_num(0, 0, 0).max().item()

@@ -24,6 +24,7 @@ from ..loss.head import (
     NextTokens,
     Observed,
     QTargetOutput,
+    Sealed,
     TargetRequest,
     add_target_head,
     check_head,
@@ -193,7 +194,7 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
             inputs["output_router_logits"] = True
         with _explaining_truncated_images(self.args.max_length):
             request = self.target_request(inputs)
-            outputs = model(**inputs, qtarget=request, num_items_in_batch=num_items_in_batch)
+            outputs = model(**inputs, qtarget=Sealed(request), num_items_in_batch=num_items_in_batch)
         loss = self._scaled(outputs, num_items_in_batch)
         self._record(outputs, inputs)
         if not return_outputs:
@@ -254,7 +255,7 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         model = self.model_wrapped if self.is_in_train else self.model
         # Without gradients none is computed, and the loss itself is thrown away. In the precision of a training.
         with inference(self.model), self.accelerator.autocast():
-            model(**inputs, qtarget=request)
+            model(**inputs, qtarget=Sealed(request))
         return inputs
 
     def _scaled(self, outputs: QTargetOutput, num_items_in_batch: Tensor | int | None) -> Tensor:
@@ -262,16 +263,14 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         training, counted = self.model.training, num_items_in_batch is not None
         # Known to `Trainer` from its first step on: before, a loss is one of one step.
         steps = getattr(self, "current_gradient_accumulation_steps", 1) if training and counted else 1
-        ranks = 1
+        loss = outputs.tokens.loss
         if counted and self.args.average_tokens_across_devices:
             # It counts the tokens of every rank, and DDP averages the gradients over the ranks.
-            ranks = self.accelerator.num_processes // self.get_tp_size()
-        # PEFT's AdaLoRA and others add a term to `outputs.loss`, for training only. It is of one micro-batch, as the
-        # auxiliary loss is, so it is averaged over the accumulation steps.
-        own = outputs.tokens.loss
-        loss = (outputs.loss if training else own) * ranks
-        if training and ranks * steps > 1:
-            loss = loss + (outputs.loss - own) * (1 / steps - ranks)
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        # Wrappers wait for a gradient of `outputs.loss`. PEFT's AdaLoRA and others add a term to it, in training only.
+        # It is of one micro-batch, as the auxiliary loss is, so it is averaged over the accumulation steps.
+        if training:
+            loss = loss + outputs.loss.to(loss) / steps
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         return loss
