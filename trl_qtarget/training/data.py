@@ -121,6 +121,13 @@ def check_weights(weights: Any, tokens: int, column: str, row: Any) -> list[floa
     return weights
 
 
+def is_packed(dataset: Any) -> bool:
+    """Whether a dataset has the columns that packing makes."""
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return False
+    return not {"seq_lengths", SEQUENCES_KEY}.isdisjoint(get_dataset_column_names(dataset))
+
+
 def prepare_with_columns(
     prepare: Callable[..., Dataset | IterableDataset],
     columns: TokenColumns,

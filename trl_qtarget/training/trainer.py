@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator
@@ -43,6 +44,7 @@ from .data import (
     check_batch,
     check_column,
     count_scored,
+    is_packed,
     prepare_with_columns,
     sequences_of,
 )
@@ -104,6 +106,7 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         self._policy_facts, self._ref_model = PolicyFacts.of(model, given.get("peft_config")), ref_model
         self.prior_choice = self.prior_of(self.qtarget_config)
         self._token_columns = _token_columns(self.qtarget_config, self.prior_choice.objective, given)
+        self._prepared: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # dataset -> whether it is packed
 
         super().__init__(model, args, *sft_args, **sft_kwargs)
 
@@ -149,10 +152,16 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
 
     # --- data ---
 
-    def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._token_columns:
-            return super()._prepare_dataset(*args, **kwargs)
-        return prepare_with_columns(super()._prepare_dataset, self._token_columns, *args, **kwargs)
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: SFTConfig, packing: bool, *more: Any) -> Any:
+        if self._prepared.get(dataset) == packing:
+            return dataset
+        given = (dataset, processing_class, args, packing, *more)
+        if self._token_columns:
+            prepared = prepare_with_columns(super()._prepare_dataset, self._token_columns, *given)
+        else:
+            prepared = super()._prepare_dataset(*given)
+        self._prepared[prepared] = packing
+        return prepared
 
     def prepare_rows(self, dataset: Dataset, name: str) -> Dataset:
         """Examples in any format of TRL, prepared as the training data is, but not packed."""
@@ -297,9 +306,19 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         self._metrics[mode].update({name: [value] for name, value in means.items()})
         super().log(logs, start_time)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        self._running["eval"].clear()  # `predict` adds to the old ones and logs nothing
-        return super().evaluate(*args, **kwargs)
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        if isinstance(eval_dataset, dict):  # TRL would prepare each of them twice
+            results = (
+                self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
+                for name, dataset in eval_dataset.items()
+            )
+            return {name: value for result in results for name, value in result.items()}
+        if is_packed(eval_dataset):
+            self._prepared[eval_dataset] = True
+        self._running["eval"].clear()  # `predict` adds to them and logs nothing
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
 
 def _token_columns(config: QTargetConfig, objective: Objective, given: dict[str, Any]) -> TokenColumns:
