@@ -10,7 +10,7 @@ from accelerate.commands.launch import launch_command_parser
 from ..training.resolve import resolve_config
 from .options import check_known, suggestion
 from .recipe import refuse, separated
-from .sft import check_split_size, checkpoint_of, local_format, make_parser, target_of
+from .sft import check_data, check_model, checkpoint_of, make_parser, target_of
 from .supervise import run
 
 
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     arguments = separated(arguments)
     parser = make_parser("trl-qtarget sft")
     # Made here only to be checked: a mistake should not cost the start of eight processes.
-    script, training, _, mixture, target, _, of_config, of_command = parser.parse_args_and_config(
+    script, training, model, mixture, target, _, of_config, of_command = parser.parse_args_and_config(
         arguments, return_remaining_strings=True, separate_remaining_strings=True
     )
     launcher = launch_command_parser()
@@ -39,15 +39,14 @@ def main(arguments: Sequence[str]) -> int:
     options = [*launcher._option_string_actions, "--accelerate_config"]
     check_known([*of_config, *of_command], options, [*options, *parser._option_string_actions])
     checkpoint_of(training, resolve_config(target_of(arguments, target), training))
-    check_split_size(mixture.test_split_size)
-    for name in [each.path for each in mixture.datasets] or [script.dataset_name or ""]:
-        local_format(name)
     launch_arguments = with_accelerate_config([*of_config, *of_command])
     script_arguments = _without(arguments, of_command)
     # As a module: a script's folder would become the first place where every import looks.
     launched = launcher.parse_args([*launch_arguments, "--module", SCRIPT, *script_arguments])
     if launched.training_script != SCRIPT:
         raise ValueError(f"`{launched.training_script}` belongs to no option: remove it, or put its option before it.")
+    check_data(script, mixture)
+    check_model(model)
     return run([sys.executable, "-m", JOB, *launch_arguments, "--module", SCRIPT, *script_arguments])
 
 

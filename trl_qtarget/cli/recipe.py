@@ -23,11 +23,19 @@ class Parser(TrlParser):
     def parse_args_and_config(self, args: Iterable[str] | None = None, **options: Any) -> tuple[Any, ...]:
         if args is not None:
             args = separated(args)
-            recipe_of(args)
+            self._check_single(recipe_of(args))
         try:
             return super().parse_args_and_config(args, **options)
         except (TypeError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"an argument has a value that it cannot take: {error}.") from error
+
+    def _check_single(self, recipe: dict[str, Any]) -> None:
+        """A recipe's values go past `argparse`, and `SFTConfig` would take a list for a number."""
+        for action in self._actions:
+            value, switch = recipe.get(action.dest), action.const is True
+            if isinstance(value, list | dict) and (switch or action.type in (int, float)):
+                wanted = "true or false" if switch else "a number"
+                raise ValueError(f"`{action.dest}` must be {wanted}, got `{type(value).__name__}`.")
 
 
 def separated(arguments: Iterable[str]) -> list[str]:

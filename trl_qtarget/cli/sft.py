@@ -133,6 +133,7 @@ def make_trainer(
     reference: ReferenceArguments,
 ) -> QTargetSFTTrainer:
     """The trainer that the arguments describe, with its models and data loaded."""
+    check_model(model)
     training.model_init_kwargs = {**init_kwargs(model, training), **(training.model_init_kwargs or {})}
     dataset = load_data(script, mixture)
     return QTargetSFTTrainer(
@@ -149,6 +150,12 @@ def make_trainer(
         qtarget_config=config,
         ref_model=load_reference(reference, training),
     )
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raise unless a model is named."""
+    if model.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` is missing: name the model to train.")
 
 
 def checkpoint_of(training: SFTConfig, config: QTargetConfig) -> str | None:
@@ -186,10 +193,25 @@ def target_of(arguments: Sequence[str], target: QTargetConfig) -> QTargetConfig 
 
 def names_method(arguments: Sequence[str]) -> bool:
     """Whether the command line or its YAML file names a method, be it the default one."""
+    arguments = separated(arguments)
     return any(item.partition("=")[0] == "--method" for item in arguments) or "method" in recipe_of(arguments)
 
 
 # --- data ---
+
+
+def check_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
+    """Raise unless a dataset or a mixture is named whose files exist, and `test_split_size` is a size."""
+    if not mixture.datasets and script.dataset_name is None:
+        raise ValueError("`dataset_name` is missing: name a dataset or a local file, or a mixture in `datasets`.")
+    for name in [each.path for each in mixture.datasets] or [script.dataset_name]:
+        local_format(name)
+    size = mixture.test_split_size
+    number = size if isinstance(size, int | float) and not isinstance(size, bool) else math.nan
+    if size is not None and not 0 < number < 1 and not (1 <= number < math.inf and number == int(number)):
+        raise ValueError(
+            f"`test_split_size={size!r:.60}` is no size: it must be a share in (0, 1), or a whole number of rows."
+        )
 
 
 def load_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
@@ -199,9 +221,9 @@ def load_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> Dataset
     a stream, its first rows, and the rest is trained on.
 
     Raises:
-        ValueError: neither is named, a file does not exist, or `test_split_size` is none of them.
+        ValueError: neither is named, a file does not exist, or `test_split_size` does not fit.
     """
-    check_split_size(mixture.test_split_size)
+    check_data(script, mixture)
     if mixture.datasets:
         if script.dataset_name:
             logger.warning("`dataset_name` is ignored: the mixture in `datasets` is used.")
@@ -210,8 +232,6 @@ def load_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> Dataset
                 each.path, each.data_files = loader, each.path
         # Not split by TRL: it cannot split a stream, and would on each process choose other rows.
         dataset, train, test = get_dataset(replace(mixture, test_split_size=None)), "train", "test"
-    elif script.dataset_name is None:
-        raise ValueError("`dataset_name` is missing: name a dataset or a local file, or a mixture in `datasets`.")
     else:
         name, streaming = script.dataset_name, script.dataset_streaming
         if loader := local_format(name):
@@ -222,15 +242,6 @@ def load_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> Dataset
     if mixture.test_split_size is None or test in dataset:
         return dataset
     return _split(split_of(dataset, train, "dataset_train_split"), mixture.test_split_size, train, test)
-
-
-def check_split_size(size: float | None) -> None:
-    """Raise unless `test_split_size` is a share of the rows, a number of them, or None."""
-    number = size if isinstance(size, int | float) and not isinstance(size, bool) else math.nan
-    if size is not None and not 0 < number < 1 and not (1 <= number < math.inf and number == int(number)):
-        raise ValueError(
-            f"`test_split_size={size!r:.60}` is no size: it must be a share in (0, 1), or a whole number of rows."
-        )
 
 
 def _split(rows: Dataset | IterableDataset, size: float, train: str, test: str) -> DatasetDict | IterableDatasetDict:
