@@ -39,6 +39,10 @@ def biased():
     return model
 
 
+def tied_model():
+    return tiny.model(tie_word_embeddings=True)
+
+
 def lora(**options) -> LoraConfig:
     return LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", **options)
 
@@ -112,13 +116,10 @@ def test_base_prior_does_not_move_with_the_biases(bias, method):
 
 
 def test_base_prior_does_not_move_with_norms_and_embeddings():
-    def tied():
-        return tiny.model(tie_word_embeddings=True)
-
-    run = train_target(BASE, model=unfrozen("norm", "embed_tokens", make=tied), steps=4)
+    run = train_target(BASE, model=unfrozen("norm", "embed_tokens", make=tied_model), steps=4)
     assert run.moved() and len(run.trainer._prior.parts) == 2 * 2 + 1 + 1
     assert run.trainer.model.get_output_embeddings().weight.requires_grad
-    check_equals_dense(run.trainer, warm_model(tied))
+    check_equals_dense(run.trainer, warm_model(tied_model))
 
 
 def test_base_prior_does_not_move_with_a_head_beside_the_adapters():
@@ -169,15 +170,12 @@ def test_a_starting_copy_does_not_move_with_what_is_thawed_later(part, config):
 
 
 def test_a_starting_copy_with_tied_embeddings_that_are_thawed_later():
-    def tied():
-        return tiny.model(tie_word_embeddings=True)
-
-    model = warm_model(tied)
+    model = warm_model(tied_model)
     model.get_input_embeddings().requires_grad_(False)
     trainer = thawing(BASE, model, "embed_tokens")
     copy = trainer._prior.causal_model
     assert copy.lm_head.weight is copy.get_input_embeddings().weight
-    check_equals_dense(trainer, warm_model(tied))
+    check_equals_dense(trainer, warm_model(tied_model))
 
 
 @pytest.mark.parametrize("part", ["norm", "lm_head", "bias"])
@@ -221,6 +219,31 @@ def test_lagged_prior_follows_what_is_thawed_later(peft):
     assert any("norm" in name for name in parts)
     assert worst(parts, {name: kept[3][name] for name in parts}) == 0  # of the fourth step, the last sync
     assert worst(parts, {name: kept[4][name] for name in parts}) > 1e-4
+
+
+TOKENS = {
+    "tied": (True, {"trainable_token_indices": [3, 4, 5, 6]}),
+    "head": (False, {"trainable_token_indices": {"lm_head": list(range(3, 40))}}),
+    "both": (
+        False,
+        {"trainable_token_indices": {"embed_tokens": list(range(280, 320)), "lm_head": list(range(3, 40))}},
+    ),
+    "whole": (False, {"modules_to_save": ["lm_head"]}),
+}
+
+
+@pytest.mark.parametrize("case", TOKENS)
+def test_lagged_prior_has_the_head_of_its_moment(case):
+    """PEFT computes the weight of a head of which it trains some rows, from rows that move."""
+    tied, options = TOKENS[case]
+
+    def start():
+        return adapted(lora(**options), tied_model if tied else tiny.model)
+
+    config = QTargetConfig("asft", lam=0.5, prior="lagged", prior_sync_steps=1000)  # that of the start, so
+    run = train_target(config, model=start(), steps=4, optim="adamw")
+    assert run.moved()
+    check_equals_dense(run.trainer, start().eval())
 
 
 # --- the starting policy ---
