@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trl_qtarget import METHODS, QTargetConfig, cli
+from trl_qtarget.cli import launch
 from trl_qtarget.cli.options import read_method
 from trl_qtarget.cli.recipe import read_recipe
 from trl_qtarget.cli.sft import ReferenceArguments, make_parser, names_method
@@ -99,6 +100,14 @@ def test_files_that_are_no_recipe(recipe, capsys, command, content, why):
 def test_words_that_are_wrong(capsys, arguments, why):
     method = [] if "--method" in arguments else ["--method", "asft"]
     assert why in refused(capsys, "sft", *GIVEN, *method, *arguments)
+
+
+def test_missing_teacher_is_refused_before_the_launch(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "run", lambda command: pytest.fail("launched"))
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "a"}\n')
+    given = [*GIVEN, "--model_name_or_path", "m", "--dataset_name", str(data), "--method", "distill"]
+    assert "needs a reference model" in refused(capsys, "sft", *given)
 
 
 WRONG = {

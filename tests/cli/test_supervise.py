@@ -81,15 +81,18 @@ def started(tmp_path):
 
     def start(kind: str, lines: int = 2, ignored: signal.Signals | None = None) -> tuple:
         log = tmp_path / "log.txt"
-        former = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, in the background
+        # In the background SIGINT may be ignored, and after `nohup` SIGHUP.
+        own = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+        former = {number: signal.signal(number, handler) for number, handler in own.items()}
         formerly = signal.signal(ignored, signal.SIG_IGN) if ignored else None
         with log.open("w") as output:
             process = subprocess.Popen(
                 [sys.executable, "supervisor.py", kind], cwd=tmp_path, stdout=output, stderr=output, env=environment()
             )
-        signal.signal(signal.SIGINT, former)
         if ignored:
             signal.signal(ignored, formerly)
+        for number, handler in former.items():
+            signal.signal(number, handler)
         known.append(psutil.Process(process.pid))
         wait_for(lambda: log.read_text().count("works") == lines or process.poll() is not None)
         known.extend(known[0].children(recursive=True) if process.poll() is None else [])

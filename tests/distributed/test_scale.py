@@ -74,18 +74,15 @@ VARIANTS = [
 
 # What `make test` runs of it.
 QUICK = {
-    "ddp": [Cell("dft"), Cell("asft", "base", True), Cell("iw_sft", "model"), _STRANGER, _ADALORA],
-    "zero2": [Cell("dft"), Cell("psft", "lagged"), _STRANGER, _BESIDE],
+    "ddp": [Cell("asft", "base", True), _STRANGER, _ADALORA],
+    "zero2": [Cell("psft", "lagged"), _BESIDE],
     "zero3-partitioned": [
         _checkpointing(Cell("asft", "base", True), reentrant=True),
         Cell("target_sft", "model"),
-        Cell("psft", "lagged"),
-        _BESIDE,
         _LOADED,
         Cell("asft", "start", True),
     ],
     "fsdp2": [
-        Cell("asft", "base", True),
         Cell("target_sft", "model"),
         _SAVED,
         _BESIDE,

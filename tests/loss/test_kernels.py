@@ -14,6 +14,7 @@ from rounding import HALF, NAMES, arguments_of, assert_no_worse, fused, publishe
 from test_exactness import FREE_CASES, METHOD_CASES, SHAPES, TOLERANCE, case_id, check_linear, free_knobs
 from test_loss_memory import PeakMemory
 from test_precision import importance_slack
+from thinned import one_of_each, thinned
 
 from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss, register_residual, register_trust
 from trl_qtarget.loss import choice
@@ -156,7 +157,7 @@ def test_logits_that_are_no_numbers_are_not_hidden(bad):
 # --- rounding ---
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("dtype", thinned([torch.float32, *HALF], lambda dtype: dtype != torch.float16), ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_method_is_no_worse_than_its_formula(name, dtype):
     problem = make_problem(61, 203, 31, 2)
@@ -166,7 +167,7 @@ def test_method_is_no_worse_than_its_formula(name, dtype):
     assert_no_worse(fast, plain, truth_of(problem, config, values), dict.fromkeys(NAMES, dtype))
 
 
-@pytest.mark.parametrize(("trust", "residual"), FREE_CASES)
+@pytest.mark.parametrize(("trust", "residual"), thinned(FREE_CASES, lambda *pair: pair in one_of_each(FREE_CASES)))
 def test_free_combination_is_no_worse_than_its_formula(trust, residual):
     problem = make_problem(61, 203, 31, 2)
     config = QTargetConfig(None, trust=trust, residual=residual, chunk_tokens=17, kernel="triton")

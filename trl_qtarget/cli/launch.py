@@ -10,7 +10,7 @@ from accelerate.commands.launch import launch_command_parser
 from ..training.resolve import resolve_config
 from .options import check_known, suggestion
 from .recipe import refuse, separated
-from .sft import check_data, check_model, checkpoint_of, make_parser, target_of
+from .sft import check_data, check_model, check_prior, checkpoint_of, make_parser, target_of
 from .supervise import run
 
 
@@ -31,14 +31,15 @@ def main(arguments: Sequence[str]) -> int:
     arguments = separated(arguments)
     parser = make_parser("trl-qtarget sft")
     # Made here only to be checked: a mistake should not cost the start of eight processes.
-    script, training, model, mixture, target, _, of_config, of_command = parser.parse_args_and_config(
+    script, training, model, mixture, target, reference, of_config, of_command = parser.parse_args_and_config(
         arguments, return_remaining_strings=True, separate_remaining_strings=True
     )
     launcher = launch_command_parser()
     launcher.error = refuse
     options = [*launcher._option_string_actions, "--accelerate_config"]
     check_known([*of_config, *of_command], options, [*options, *parser._option_string_actions])
-    checkpoint_of(training, resolve_config(target_of(arguments, target), training))
+    config = resolve_config(target_of(arguments, target), training)
+    checkpoint_of(training, config)
     launch_arguments = with_accelerate_config([*of_config, *of_command])
     script_arguments = _without(arguments, of_command)
     # As a module: a script's folder would become the first place where every import looks.
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"`{launched.training_script}` belongs to no option: remove it, or put its option before it.")
     check_data(script, mixture)
     check_model(model)
+    check_prior(config, model, reference)
     return run([sys.executable, "-m", JOB, *launch_arguments, "--module", SCRIPT, *script_arguments])
 
 

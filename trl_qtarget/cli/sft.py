@@ -28,6 +28,7 @@ from trl import (
 from trl.trainer.utils import create_model_from_path
 
 from ..lock import one_run_in
+from ..priors.choice import PolicyFacts, choose_prior
 from ..priors.loading import reference_options
 from ..target.config import QTargetConfig
 from ..training.checkpoints import check_checkpoint, last_whole_checkpoint
@@ -158,6 +159,12 @@ def check_model(model: ModelConfig) -> None:
         raise ValueError("`model_name_or_path` is missing: name the model to train.")
 
 
+def check_prior(config: QTargetConfig, model: ModelConfig, reference: ReferenceArguments) -> None:
+    """Raise where the target cannot have its prior, which is known before anything is loaded."""
+    policy = PolicyFacts.of(model.model_name_or_path, get_peft_config(model))
+    choose_prior(config, policy, reference.ref_model_name_or_path)
+
+
 def checkpoint_of(training: SFTConfig, config: QTargetConfig) -> str | None:
     """The checkpoint that `resume_from_checkpoint` names: a folder, or `true` for the last whole one of `output_dir`.
 
@@ -202,16 +209,16 @@ def names_method(arguments: Sequence[str]) -> bool:
 
 def check_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
     """Raise unless a dataset or a mixture is named whose files exist, and `test_split_size` is a size."""
-    if not mixture.datasets and script.dataset_name is None:
-        raise ValueError("`dataset_name` is missing: name a dataset or a local file, or a mixture in `datasets`.")
-    for name in [each.path for each in mixture.datasets] or [script.dataset_name]:
-        local_format(name)
     size = mixture.test_split_size
     number = size if isinstance(size, int | float) and not isinstance(size, bool) else math.nan
     if size is not None and not 0 < number < 1 and not (1 <= number < math.inf and number == int(number)):
         raise ValueError(
             f"`test_split_size={size!r:.60}` is no size: it must be a share in (0, 1), or a whole number of rows."
         )
+    if not mixture.datasets and script.dataset_name is None:
+        raise ValueError("`dataset_name` is missing: name a dataset or a local file, or a mixture in `datasets`.")
+    for name in [each.path for each in mixture.datasets] or [script.dataset_name]:
+        local_format(name)
 
 
 def load_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
