@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .inspection.collect import inspect_target
     from .inspection.render import write_page
     from .inspection.suspicious import suspicious_examples, suspicious_tokens
+    from .lock import one_run_in
     from .loss.linear import LinearQTargetOutput, linear_qtarget_loss
     from .priors.choice import PolicyFacts, PriorChoice, PriorKind, choose_prior
     from .target.config import QTargetConfig
@@ -31,6 +32,7 @@ _HOMES = {
     "inspection.collect": ("inspect_target",),
     "inspection.render": ("write_page",),
     "inspection.suspicious": ("suspicious_examples", "suspicious_tokens"),
+    "lock": ("one_run_in",),
     "loss.linear": ("LinearQTargetOutput", "linear_qtarget_loss"),
     "priors.choice": ("PolicyFacts", "PriorChoice", "PriorKind", "choose_prior"),
     "target.config": ("QTargetConfig",),
@@ -73,6 +75,7 @@ __all__ = [
     "inspect_target",
     "last_whole_checkpoint",
     "linear_qtarget_loss",
+    "one_run_in",
     "qtarget_loss",
     "register_residual",
     "register_trust",

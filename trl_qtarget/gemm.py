@@ -1,14 +1,19 @@
 """The LM head and the matrix products of the fused loss, with float32 results and sums whatever the operands' dtype.
 
-Half-precision operands keep their precision-saving tensor cores on CUDA (bf16 with fp32 output); everywhere else they
-are raised to the result's dtype slice by slice, so that no full-precision copy of the whole head is ever made.
+Half-precision operands keep their fast tensor cores where the device has products of bf16 with fp32 results, which is
+tried once; elsewhere they are raised to the result's dtype slice by slice, so that no full-precision copy of the whole
+head is ever made.
 """
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
+
+logger = logging.getLogger(__name__)
 
 # Rows of the head raised to full precision at a time: 16 Mi elements, 64 MiB in float32.
 _SLICE_ELEMENTS = 1 << 24
@@ -61,11 +66,65 @@ def operand_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return common
 
 
-def has_mixed_gemm(operands: torch.dtype, out: Tensor) -> bool:
-    """Whether there are products of such operands into `out` that sum and give float32."""
+@dataclass(frozen=True)
+class Support:
+    """Whether something can be used: as a condition, and in words why not."""
+
+    refusal: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.refusal is None
+
+
+def _mm(out: Tensor, left: Tensor, right: Tensor) -> None:
+    torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def _addmm(out: Tensor, left: Tensor, right: Tensor) -> None:
+    torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+
+
+_MIXED = {"mm": _mm, "addmm": _addmm}
+
+
+def mixed_gemm_supported(product: str, operands: torch.dtype, out: Tensor) -> Support:
+    """Whether `product`, "mm" or "addmm", takes such operands for sums in the dtype of `out`, on its device."""
     # fp16 is left out: a gradient of s (p - Q)/N underflows in fp16, and its loss scale is not known in the forward.
     # Results are float64 where a bf16 prior meets a float64 policy; no such product exists.
-    return out.device.type == "cuda" and operands == torch.bfloat16 and out.dtype == torch.float32
+    if (operands, out.dtype) != (torch.bfloat16, torch.float32):
+        return Support(f"{operands} operands are not multiplied into {out.dtype} results")
+    return _tried(product, out.device)
+
+
+@cache
+def _tried(product: str, device: torch.device) -> Support:
+    """Whether `product` of bfloat16 operands is right in float32, from a few numbers, once per device.
+
+    PyTorch has `addmm` onto float32 from 2.10 on, other builds have neither, and to ask by version or by name of the
+    device would be to guess.
+    """
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            left = torch.full((16, 32), 16.0, dtype=torch.bfloat16, device=device)
+            left[0] = 17.0  # as a transposed operand: 15 · 16 + 17 = 257, one bit more than bfloat16 has
+            out = torch.full((32, 8), 0.5, device=device)
+            _MIXED[product](out, left.t(), torch.ones(16, 8, dtype=torch.bfloat16, device=device))
+            right = bool((out == (257.5 if product == "addmm" else 257.0)).all())
+            refusal = None if right else "its results are wrong"
+    except Exception as error:  # a backend may refuse in any way
+        first_line, _, _ = str(error).partition("\n")
+        refusal = f"{type(error).__name__}: {first_line}"
+    if refusal is not None and device.type == "cuda":
+        logger.warning(
+            f"`torch.{product}` does not give float32 sums of bfloat16 operands on {device}, and what takes its place "
+            f"is slower: {refusal}"
+        )
+    return Support(refusal)
+
+
+def narrowed(weight: Tensor, operands: torch.dtype) -> Tensor:
+    """`weight` rounded to the dtype of the operands, a copy of at most its own size; itself where that is wider."""
+    return weight if operands.itemsize > weight.dtype.itemsize else weight.to(operands)
 
 
 def _slices(weight: Tensor) -> list[tuple[int, int]]:
@@ -87,10 +146,10 @@ def row_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def project(out: Tensor, hidden: Tensor, weight: Tensor, operands: torch.dtype) -> None:
     """`out[n, V] = hidden[n, H] @ weight[V, H].T`."""
-    if operands == out.dtype:
-        torch.mm(hidden.to(operands), weight.to(operands).t(), out=out)
-    elif has_mixed_gemm(operands, out):
-        torch.mm(hidden.to(operands), weight.to(operands).t(), out_dtype=out.dtype, out=out)
+    if weight.dtype == operands == out.dtype:
+        torch.mm(hidden.to(operands), weight.t(), out=out)
+    elif mixed_gemm_supported("mm", operands, out):
+        _mm(out, hidden.to(operands), weight.to(operands).t())
     else:
         hidden = hidden.to(operands).to(out.dtype)
         for start, end in _slices(weight):
@@ -99,10 +158,10 @@ def project(out: Tensor, hidden: Tensor, weight: Tensor, operands: torch.dtype) 
 
 def backproject(out: Tensor, grad_logits: Tensor, weight: Tensor, operands: torch.dtype) -> None:
     """`out[n, H] = grad_logits[n, V] @ weight[V, H]`."""
-    if operands == out.dtype:
-        torch.mm(grad_logits, weight.to(operands), out=out)
-    elif has_mixed_gemm(operands, out):
-        torch.mm(grad_logits.to(operands), weight.to(operands), out_dtype=out.dtype, out=out)
+    if weight.dtype == operands == out.dtype:
+        torch.mm(grad_logits, weight, out=out)
+    elif mixed_gemm_supported("mm", operands, out):
+        _mm(out, grad_logits.to(operands), weight.to(operands))
     else:
         out.zero_()
         for start, end in _slices(weight):
@@ -111,7 +170,13 @@ def backproject(out: Tensor, grad_logits: Tensor, weight: Tensor, operands: torc
 
 def accumulate_weight(out: Tensor, grad_logits: Tensor, hidden: Tensor, operands: torch.dtype) -> None:
     """`out[V, H] += grad_logits[n, V].T @ hidden[n, H]`."""
-    if operands != out.dtype and has_mixed_gemm(operands, out):
-        torch.addmm(out, grad_logits.to(operands).t(), hidden.to(operands), out_dtype=out.dtype, out=out)
+    if mixed_gemm_supported("addmm", operands, out):
+        _addmm(out, grad_logits.to(operands).t(), hidden.to(operands))
+    elif mixed_gemm_supported("mm", operands, out):
+        hidden = hidden.to(operands)
+        for start, end in _slices(out):
+            part = torch.empty_like(out[start:end])
+            _mm(part, grad_logits[:, start:end].to(operands).t(), hidden)
+            out[start:end] += part
     else:
         out.addmm_(grad_logits.t(), hidden.to(operands).to(out.dtype))

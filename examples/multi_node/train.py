@@ -2,7 +2,8 @@
 
 The same script runs on one CPU and under every launcher of this folder. Arguments are those of TRL's own scripts
 (`SFTConfig`, `ModelConfig`), of `QTargetConfig`, and the few below; `--config file.yaml` reads them from a file.
-Started again with the same `--output_dir`, it goes on from the last checkpoint.
+Started again with the same `--output_dir`, it goes on from the last checkpoint, or leaves a finished run as it is.
+While it runs, a second one in the same folder is refused.
 """
 
 import logging
@@ -12,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, load_dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config, get_quantization_config
 
-from trl_qtarget import QTargetConfig, QTargetSFTTrainer, last_whole_checkpoint
+from trl_qtarget import QTargetConfig, QTargetSFTTrainer, last_whole_checkpoint, one_run_in
 
 
 @dataclass
@@ -30,6 +31,14 @@ def load_split(arguments: Arguments, split: str) -> Dataset | IterableDataset:
     return load_dataset(name, arguments.dataset_config, split=split, streaming=streaming)
 
 
+def checkpoint_of(training: SFTConfig) -> str | None:
+    """The checkpoint to go on from: the last whole one, or the one that is named; none with `false`."""
+    named = str(training.resume_from_checkpoint)
+    if named.lower() in ("none", "true"):
+        return last_whole_checkpoint(training.output_dir)
+    return None if named.lower() == "false" else named
+
+
 def main() -> None:
     parser = TrlParser((Arguments, SFTConfig, QTargetConfig, ModelConfig))
     # Under DeepSpeed, `SFTConfig` has to exist before any model: only then are weights sharded while they are loaded.
@@ -39,6 +48,11 @@ def main() -> None:
             raise SystemExit(f"--{name} is missing")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_qtarget").setLevel(logging.INFO)  # which prior was chosen
+    with one_run_in(training.output_dir):
+        train(arguments, training, target, model)
+
+
+def train(arguments: Arguments, training: SFTConfig, target: QTargetConfig, model: ModelConfig) -> None:
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -58,8 +72,7 @@ def main() -> None:
     )
 
     # Rank 0 decides for all: nodes that see different folders would otherwise start at different steps.
-    found = training.resume_from_checkpoint or last_whole_checkpoint(training.output_dir)
-    checkpoint = broadcast_object_list([found])[0]
+    checkpoint = broadcast_object_list([checkpoint_of(training)])[0]
     if trainer.is_world_process_zero():
         print(f"Resuming from {checkpoint}" if checkpoint else "Starting from the beginning", flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)

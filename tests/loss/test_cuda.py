@@ -35,13 +35,13 @@ def on_device(values):
 @pytest.fixture
 def mixed_products(monkeypatch):
     """Counts the products that took the mixed path."""
-    answers, asked = [], gemm.has_mixed_gemm
+    answers, asked = [], gemm.mixed_gemm_supported
 
-    def recorded(operands, out):
-        answers.append(asked(operands, out))
+    def recorded(*given):
+        answers.append(asked(*given))
         return answers[-1]
 
-    monkeypatch.setattr(gemm, "has_mixed_gemm", recorded)
+    monkeypatch.setattr(gemm, "mixed_gemm_supported", recorded)
     return answers
 
 

@@ -79,7 +79,7 @@ def score(config: QTargetConfig, tokens: int, vocabulary: int, dtype: torch.dtyp
     from trl_qtarget.loss.kernels import folded
 
     # The products of a GPU, which a CPU has not.
-    folded.has_mixed_gemm = lambda operands, logits: operands != logits.dtype
+    folded.mixed_gemm_supported = lambda product, operands, logits: operands != logits.dtype
     objective = config.objective(has_prior=True)
     kernel = folded.FoldingKernel(objective)
     labels, weights = torch.zeros(2 * tokens, dtype=torch.int64)[tokens:], torch.ones(tokens, dtype=dtype)

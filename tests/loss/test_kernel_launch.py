@@ -18,7 +18,7 @@ from trl_qtarget.loss.kernels import fold, folded, gradient
 @pytest.fixture
 def kernel(monkeypatch):
     """Of a GPU, as far as memory goes: its products take bfloat16."""
-    monkeypatch.setattr(folded, "has_mixed_gemm", lambda operands, out: operands == torch.bfloat16)
+    monkeypatch.setattr(folded, "mixed_gemm_supported", lambda product, operands, out: operands == torch.bfloat16)
     return folded.FoldingKernel(QTargetConfig("target_sft").objective(has_prior=True))
 
 

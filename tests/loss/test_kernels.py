@@ -16,6 +16,7 @@ from rounding import HALF, NAMES, arguments_of, assert_no_worse, fused, publishe
 from test_exactness import FREE_CASES, METHOD_CASES, SHAPES, TOLERANCE, case_id, check_linear, free_knobs
 from test_loss_memory import PeakMemory
 from test_precision import importance_slack
+from thinned import one_of_each, thinned
 
 from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss, register_residual, register_trust
 from trl_qtarget.loss import choice
@@ -158,7 +159,7 @@ def test_logits_that_are_no_numbers_are_not_hidden(bad):
 # --- rounding ---
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("dtype", thinned([torch.float32, *HALF], lambda dtype: dtype != torch.float16), ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_method_is_no_worse_than_its_formula(name, dtype):
     problem = make_problem(61, 203, 31, 2)
@@ -168,7 +169,7 @@ def test_method_is_no_worse_than_its_formula(name, dtype):
     assert_no_worse(fast, plain, truth_of(problem, config, values), dict.fromkeys(NAMES, dtype))
 
 
-@pytest.mark.parametrize(("trust", "residual"), FREE_CASES)
+@pytest.mark.parametrize(("trust", "residual"), thinned(FREE_CASES, lambda *pair: pair in one_of_each(FREE_CASES)))
 def test_free_combination_is_no_worse_than_its_formula(trust, residual):
     problem = make_problem(61, 203, 31, 2)
     config = QTargetConfig(None, trust=trust, residual=residual, chunk_tokens=17, kernel="triton")
@@ -192,7 +193,7 @@ def test_a_narrow_gradient_takes_the_place_of_its_logits(name, vocabulary, monke
     tile = plain.tile(wanted, labels, prior_logits.clone() if objective.uses_prior else None, weights, None)
     plain.write_gradient(wanted, objective.target(tile), factor, 1.0)
 
-    monkeypatch.setattr(folded, "has_mixed_gemm", lambda operands, out: True)
+    monkeypatch.setattr(folded, "mixed_gemm_supported", lambda product, operands, out: True)
     kernel = folded.FoldingKernel(objective)
     narrow = kernel.gradient_of(logits, torch.bfloat16)
     assert narrow.shape == logits.shape and narrow.data_ptr() == logits.data_ptr()

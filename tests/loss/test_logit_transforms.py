@@ -18,7 +18,8 @@ from transformers import (
 from trl import SFTTrainer
 
 from trl_qtarget import QTargetSFTTrainer
-from trl_qtarget.loss.head import head_of, read_logit_transform
+from trl_qtarget.loss.head import head_of
+from trl_qtarget.loss.probe import read_logit_transform
 
 
 def sizes(**overrides):

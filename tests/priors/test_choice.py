@@ -29,6 +29,7 @@ KINDS = [
     ({"method": "target_sft"}, "policy", "adapters_off", "reference"),
     ({"method": "target_sft", "prior": "policy"}, "policy", "policy", "policy"),
     ({"method": "target_sft", "prior": "base"}, "starting_copy", "adapters_off", "reference"),
+    ({"method": "target_sft", "prior": "start"}, "starting_copy", "start", "reference"),
     ({"method": "target_sft", "prior": "lagged"}, "lagged", "lagged", "lagged"),
     ({"method": "target_sft", "prior": "model"}, ValueError, ValueError, "reference"),
     (FREE, "policy", "adapters_off", "reference"),
@@ -38,6 +39,9 @@ KINDS = [
     ({"method": "psft"}, "lagged", "lagged", "lagged"),
     ({"method": "psft", "prior": "base"}, "starting_copy", "adapters_off", "reference"),
     ({"method": "distill"}, ValueError, ValueError, "reference"),
+    ({"method": "iw_sft", "prior": "start"}, "starting_copy", "start", "reference"),
+    ({"method": "psft", "prior": "start"}, "starting_copy", "start", "reference"),
+    ({"method": "distill", "prior": "start"}, "starting_copy", "start", "reference"),
     ({"method": "distill", "prior": "base"}, "starting_copy", "adapters_off", "reference"),
 ]
 
@@ -78,9 +82,8 @@ def test_what_is_loaded_is_named_before_it_is_loaded():
     )
 
 
-def test_sharded_weights_cannot_be_copied():
-    with pytest.raises(ValueError, match="`prior='base'` copies the starting weights, and ZeRO-3 has already"):
-        choose_prior(QTargetConfig("asft"), PolicyFacts(sharded=True))
+def test_weights_that_are_sharded_already_are_exchanged_and_not_copied():
+    assert choose_prior(QTargetConfig("asft"), PolicyFacts(sharded=True)).kind is PriorKind.START
 
 
 def pissa():

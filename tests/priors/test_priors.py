@@ -120,7 +120,7 @@ def test_base_prior_of_a_mixture_of_experts(peft):
     run = train_target(BASE, model=warm_model(tiny.moe_model), peft_config=peft, steps=3)
     batch = first_batch(run.trainer)
     loss, _ = loss_and_gradients(run.trainer, batch)
-    (aux_loss,) = run.trainer._metrics["train"]["aux_loss"]
+    aux_loss = run.trainer._running["train"].take()["aux_loss"]
     assert aux_loss > 0
     expected = dense_loss(run.trainer, batch, warm_model(tiny.moe_model)) + 0.05 * aux_loss
     assert loss == pytest.approx(expected.item(), rel=DENSE_TOLERANCE)

@@ -25,7 +25,7 @@ from benchmarks.qlora import TensorMemory, blocks_of_cuda, measure, stored_bytes
 from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss
 from trl_qtarget.loss import chunks
 from trl_qtarget.loss.kernels import plain
-from trl_qtarget.priors.adapters_off import AdapterOffPrior
+from trl_qtarget.priors.own import OwnPrior
 
 
 ADAPTER = "adapter_model.safetensors"
@@ -61,7 +61,7 @@ def test_example_trains_the_adapters_alone(command, tmp_path):
     assert len(layers) == 2 * 7 and all(layer.base_layer.weight.quant_state.nested for layer in layers)
     assert trainer.args.gradient_checkpointing and trainer.padding_free
     assert trainer.qtarget_config == QTargetConfig("asft", chunk_tokens=7)
-    assert isinstance(trainer._prior, AdapterOffPrior)
+    assert isinstance(trainer._prior, OwnPrior) and not trainer._prior.parts
     assert all("lora_" in name for name in trainable(trainer.model))
 
     untouched = quantized.quantized("nf4")

@@ -17,7 +17,7 @@ import tiny
 import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import SequentialSampler
@@ -55,7 +55,8 @@ class Cell:
     `fills` says whether several processes repeat rows to fill the last batch, as they do without accumulation;
     `by_path`, whether the trainer loads the models itself, which ZeRO-3 then shards while they are loaded. `policy`
     and `reference` name the formats of `quantized.FORMATS` and are empty for unquantised models. `stranger` makes the
-    policy a `Stranger`.
+    policy a `Stranger`, `adalora` the adapter one that adds to the loss. `beside` is a part of the names of what is
+    trained beside LoRA. `loaded`: the script loads the policy, which ZeRO-3 shards then.
     """
 
     method: str
@@ -68,9 +69,13 @@ class Cell:
     policy: str = ""
     reference: str = ""
     stranger: bool = False
+    adalora: bool = False
+    beside: str = ""
+    loaded: bool = False
 
     def __str__(self) -> str:
         kind = "-lora" if self.peft else ""
+        kind += f"-{self.beside}" if self.beside else ""
         return self.name or f"{self.method}-{self.prior}{kind}"
 
 
@@ -125,7 +130,7 @@ class _Watch(TrainerCallback):
         prior = self.trainer._prior
         if hasattr(prior, "causal_model"):
             self.facts["prior_held"] = sum(share(value).numel() for value in prior.causal_model.parameters())
-        if hasattr(prior, "parts"):
+        if getattr(prior, "parts", None):
             self.facts["prior_held"] = sum(part.numel() for part in prior.parts.values())
 
 
@@ -141,6 +146,8 @@ def make(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOr
     peft = None
     if cell.peft:
         peft = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    if cell.adalora:
+        peft = AdaLoraConfig(init_r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", total_step=6)
     policy, reference = _models(cell)
     options = {
         "per_device_train_batch_size": GLOBAL_BATCH // processes,
@@ -155,10 +162,14 @@ def make(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOr
         folder = Path(output_dir).parent
         save_models(folder)
         policy, reference = str(folder / "policy"), reference and str(folder / "reference")
+    args = sft_config(output_dir, **options | cell.options)
+    if cell.loaded:  # after the configuration, which tells transformers that ZeRO-3 is on
+        save_models(Path(output_dir).parent)
+        policy = type(policy).from_pretrained(Path(output_dir).parent / "policy", attn_implementation="eager")
     set_seed(0)  # LoRA's start is drawn before some versions of TRL seed
     trainer = trainer_class(
         policy,
-        sft_config(output_dir, **options | cell.options),
+        args,
         train_dataset=rows(_REPEATED if processes == 1 and cell.fills else 0),
         eval_dataset=rows(_REPEATED),
         processing_class=tiny.tokenizer(),
@@ -167,6 +178,9 @@ def make(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOr
         peft_config=peft,
     )
     trainer.remove_callback(PrinterCallback)
+    if cell.beside:
+        for name, value in trainer.model.named_parameters():
+            value.requires_grad_(value.requires_grad or cell.beside in name)
     if cell.policy:
         quantized.full_precision(trainer.model)
     return trainer

@@ -141,8 +141,8 @@ POLICY_SHARES = {
     "spared_top": lambda gamma, knobs: 1 - gamma,
 }
 
-# Each trust with a residual that is the policy and with a mixture, each residual with a smooth trust and a sharp one: for
-# tests that would take long over all pairs.
+# Each trust with a residual that is the policy and with a mixture, each residual with a smooth and with a sharp trust:
+# for tests that would take long over all pairs.
 SOME_PAIRS = [
     (trust, residual)
     for trust in TRUST_FORMULAS

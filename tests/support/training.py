@@ -194,14 +194,15 @@ def dense_loss(trainer: QTargetSFTTrainer, batch: dict[str, Any], prior: Callabl
     with torch.no_grad():
         prior_logits = None if prior is None else of_text(prior)
     rows = torch.arange(len(labels))[:, None].expand_as(labels)
+    logits = of_text(trainer.model)
     return qtarget_loss(
-        of_text(trainer.model),
+        logits,
         per_token(labels),
         trainer.qtarget_config,
         prior_logits=prior_logits,
         token_weights=per_token(batch.get("token_weights")),
         sequence_ids=per_token(rows),
-        embeddings=trainer.model.get_output_embeddings().weight.detach(),
+        embeddings=trainer.model.get_output_embeddings().weight.detach()[: logits.size(-1)],
     )
 
 

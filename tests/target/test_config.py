@@ -203,7 +203,7 @@ def test_priors_that_make_sense():
     for prior in PRIORS:
         assert QTargetConfig(prior=prior).prior_source == prior
         assert QTargetConfig(None, trust="importance", residual="guided", prior=prior).prior_source == prior
-    refused("`prior='teacher'` is unknown: choose one of auto, policy, base, model, lagged.", prior="teacher")
+    refused("`prior='teacher'` is unknown: choose one of auto, policy, base, start, model, lagged.", prior="teacher")
 
 
 def test_syncs_are_of_a_lagged_prior():

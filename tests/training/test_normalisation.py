@@ -1,5 +1,6 @@
 """The loss is the mean over the labels that are scored, whatever the model's class, and however a step is divided."""
 
+import peft
 import pytest
 import tiny
 import tiny_vision
@@ -128,6 +129,8 @@ ADAPTERS = {
     "encoder": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16),
     "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
 }
+if hasattr(peft, "CartridgeConfig"):
+    ADAPTERS["cartridge"] = peft.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
 TARGETS = {
     "none": {"qtarget_config": "dft"},
     "policy": {"qtarget_config": QTargetConfig("target_sft", prior="policy")},

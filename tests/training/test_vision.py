@@ -116,15 +116,13 @@ def test_prior_sees_the_images_and_the_loss_is_the_one_on_logits(family, prior):
 
 def check_auxiliary_loss(trainer, prior) -> None:
     """The policy's own load balance is in the loss and in the log; that of the prior is not."""
-    trainer._metrics["train"]["aux_loss"].clear()
+    trainer._running["train"].clear()
     batch = first_batch(trainer)
     loss, _ = loss_and_gradients(trainer, batch)
     with torch.no_grad():
         own = trainer.model(**batch, output_router_logits=True).aux_loss.item()
         target = dense_loss(trainer, batch, prior).item()
-    assert [value.item() for value in trainer._metrics["train"]["aux_loss"]] == [
-        pytest.approx(own, rel=DENSE_TOLERANCE)
-    ]
+    assert trainer._running["train"].take()["aux_loss"] == pytest.approx(own, rel=DENSE_TOLERANCE)
     assert loss == pytest.approx(target + 0.05 * own, rel=DENSE_TOLERANCE)
 
 

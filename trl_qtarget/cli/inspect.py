@@ -12,7 +12,7 @@ import torch
 from accelerate.commands.launch import launch_command_parser
 from datasets import IterableDataset
 from transformers import AutoProcessor
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_quantization_config
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, get_quantization_config
 
 from ..inspection.collect import check_request, inspect_target, numbered
 from ..inspection.guest import load_policy
@@ -21,6 +21,7 @@ from ..inspection.suspicious import suspicious_tokens, write_jsonl
 from ..target.config import QTargetConfig
 from ..training.resolve import resolve_config
 from .options import check_known, read_method
+from .recipe import Parser, separated
 from .sft import ReferenceArguments, init_kwargs, load_data, load_reference, split_of, target_of
 
 
@@ -74,7 +75,8 @@ def main(arguments: Sequence[str]) -> int:
         ValueError: an argument is wrong.
     """
     recipe = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, QTargetConfig, ReferenceArguments)
-    parser = TrlParser((InspectArguments, *recipe), prog="trl-qtarget inspect")
+    arguments = separated(arguments)
+    parser = Parser((InspectArguments, *recipe), prog="trl-qtarget inspect")
     fixed = _NO_TRAINING if torch.accelerator.is_available() else _NO_TRAINING | _ON_CPU
     no_training = [word for name, value in fixed.items() for word in (f"--{name}", value)]
     *parsed, of_config, left = parser.parse_args_and_config(

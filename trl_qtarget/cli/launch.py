@@ -1,55 +1,55 @@
 """`trl-qtarget sft`: check the arguments, and hand them to `accelerate launch`."""
 
 import importlib.resources
-import subprocess
+import os
+import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.commands.launch import launch_command_parser
 
 from ..training.resolve import resolve_config
 from .options import check_known, suggestion
-from .sft import local_format, make_parser, target_of
+from .recipe import refuse, separated
+from .sft import check_data, check_model, check_prior, checkpoint_of, make_parser, target_of
+from .supervise import run
 
 
 SCRIPT = "trl_qtarget.cli.sft"
+JOB = "trl_qtarget.cli.job"
 CONFIGS = "trl.accelerate_configs"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Launch the training.
+    """Launch the training, and wait for it. What ends this process ends the training.
+
+    Returns:
+        The exit status of the training; 2 where an argument is wrong; 128 + n where signal n has ended it.
 
     Raises:
         ValueError: an argument is wrong; nothing has been started.
     """
-    arguments = _separated(arguments)
+    arguments = separated(arguments)
     parser = make_parser("trl-qtarget sft")
     # Made here only to be checked: a mistake should not cost the start of eight processes.
-    script, training, _, mixture, target, _, of_config, of_command = parser.parse_args_and_config(
+    script, training, model, mixture, target, reference, of_config, of_command = parser.parse_args_and_config(
         arguments, return_remaining_strings=True, separate_remaining_strings=True
     )
     launcher = launch_command_parser()
+    launcher.error = refuse
     options = [*launcher._option_string_actions, "--accelerate_config"]
     check_known([*of_config, *of_command], options, [*options, *parser._option_string_actions])
-    resolve_config(target_of(arguments, target), training)
-    for name in [each.path for each in mixture.datasets] or [script.dataset_name or ""]:
-        local_format(name)
+    config = resolve_config(target_of(arguments, target), training)
+    checkpoint_of(training, config)
     launch_arguments = with_accelerate_config([*of_config, *of_command])
     script_arguments = _without(arguments, of_command)
     # As a module: a script's folder would become the first place where every import looks.
     launched = launcher.parse_args([*launch_arguments, "--module", SCRIPT, *script_arguments])
     if launched.training_script != SCRIPT:
         raise ValueError(f"`{launched.training_script}` belongs to no option: remove it, or put its option before it.")
-    try:
-        launch_command(launched)
-    except subprocess.CalledProcessError as error:  # the script has said what was wrong
-        return error.returncode
-    return 0
-
-
-def _separated(arguments: Sequence[str]) -> list[str]:
-    """`--config=file` in two, as TrlParser wants it."""
-    return [part for item in arguments for part in (item.split("=", 1) if item.startswith("--config=") else [item])]
+    check_data(script, mixture)
+    check_model(model)
+    check_prior(config, model, reference)
+    return run([sys.executable, "-m", JOB, *launch_arguments, "--module", SCRIPT, *script_arguments])
 
 
 def _without(arguments: Sequence[str], taken: Sequence[str]) -> list[str]:
@@ -77,8 +77,9 @@ def with_accelerate_config(arguments: Sequence[str]) -> list[str]:
         del arguments[index : index + 2]
     if name is None:
         return arguments
-    path = Path(name)
-    if not path.is_file():
+    if os.path.isfile(name):
+        path = name
+    else:
         known = sorted(
             file.name[:-5] for file in importlib.resources.files(CONFIGS).iterdir() if file.suffix == ".yaml"
         )

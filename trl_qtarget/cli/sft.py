@@ -5,30 +5,36 @@ reference model with how to load it.
 """
 
 import logging
+import math
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
     ScriptArguments,
     SFTConfig,
-    TrlParser,
     get_dataset,
     get_peft_config,
     get_quantization_config,
 )
 from trl.trainer.utils import create_model_from_path
 
+from ..lock import one_run_in
+from ..priors.choice import PolicyFacts, choose_prior
 from ..priors.loading import reference_options
 from ..target.config import QTargetConfig
+from ..training.checkpoints import check_checkpoint, last_whole_checkpoint
+from ..training.resolve import resolve_config
 from ..training.trainer import QTargetSFTTrainer
+from .recipe import Parser, recipe_of, separated
 
 
 logger = logging.getLogger("trl_qtarget")
@@ -64,6 +70,11 @@ class ReferenceArguments:
     )
 
     def __post_init__(self):
+        for item in fields(self):
+            value, switch = getattr(self, item.name), isinstance(item.default, bool)
+            if not isinstance(value, bool if switch else str | None):
+                wanted = "true or false" if switch else "a string"
+                raise ValueError(f"`{item.name}` must be {wanted}, got `{type(value).__name__}`.")
         if self.ref_load_in_4bit and self.ref_load_in_8bit:
             raise ValueError("`ref_load_in_4bit` and `ref_load_in_8bit` exclude each other: set one of them.")
         given = [name for name in vars(self) if getattr(self, name) != type(self).__dataclass_fields__[name].default]
@@ -73,22 +84,60 @@ class ReferenceArguments:
             )
 
 
-def make_parser(prog: str | None = None) -> TrlParser:
+def make_parser(prog: str | None = None) -> Parser:
     """Parser of every argument; YAML by `--config`, with the command line winning."""
-    return TrlParser(
+    return Parser(
         (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, QTargetConfig, ReferenceArguments), prog=prog
     )
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Train, save and, if asked, push."""
+def main(arguments: Sequence[str]) -> int:
+    """Train, save and, if asked, push.
+
+    Returns:
+        0; 2 where an argument is wrong, which has then been said. What fails in the training itself is raised.
+    """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_qtarget").setLevel(logging.INFO)  # it says which prior was chosen
-    parsed = make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False)
-    script, training, model, mixture, target, reference = parsed
+    arguments = separated(arguments)
+    with ExitStack() as held:
+        try:
+            parsed = make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False)
+            script, training, model, mixture, target, reference = parsed
+            # First of all: two runs in a folder would also choose its checkpoints over each other.
+            held.enter_context(one_run_in(training.output_dir))
+            config = resolve_config(target_of(arguments, target), training)
+            checkpoint = checkpoint_of(training, config)
+            trainer = make_trainer(script, training, model, mixture, config, reference)
+        except (ValueError, OSError) as error:
+            logger.debug("Refused at:", exc_info=True)
+            rank = os.environ.get("RANK", "0")
+            sys.stderr.write(f"trl-qtarget sft{'' if rank == '0' else f' (rank {rank})'}: {error}\n")
+            return 2
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(training.output_dir)
+        trainer.accelerator.print(f"Saved to {training.output_dir}.")
+        if training.push_to_hub:
+            trainer.push_to_hub(dataset_name=script.dataset_name)
+            trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}.")
+        trainer.accelerator.wait_for_everyone()  # rank 0 is still writing; who left before would look like a failure
+        trainer.accelerator.end_training()
+    return 0
+
+
+def make_trainer(
+    script: ScriptArguments,
+    training: SFTConfig,
+    model: ModelConfig,
+    mixture: DatasetMixtureConfig,
+    config: QTargetConfig,
+    reference: ReferenceArguments,
+) -> QTargetSFTTrainer:
+    """The trainer that the arguments describe, with its models and data loaded."""
+    check_model(model)
     training.model_init_kwargs = {**init_kwargs(model, training), **(training.model_init_kwargs or {})}
     dataset = load_data(script, mixture)
-    trainer = QTargetSFTTrainer(
+    return QTargetSFTTrainer(
         model=model.model_name_or_path,
         args=training,
         train_dataset=split_of(dataset, script.dataset_train_split, "dataset_train_split"),
@@ -99,17 +148,39 @@ def main(arguments: Sequence[str]) -> None:
         ),
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
-        qtarget_config=target_of(arguments, target),
+        qtarget_config=config,
         ref_model=load_reference(reference, training),
     )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    trainer.save_model(training.output_dir)
-    trainer.accelerator.print(f"Saved to {training.output_dir}.")
-    if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
-        trainer.accelerator.print(f"Pushed to https://huggingface.co/{trainer.hub_model_id}.")
-    trainer.accelerator.wait_for_everyone()  # rank 0 is still writing; who left before would look like a failure
-    trainer.accelerator.end_training()
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raise unless a model is named."""
+    if model.model_name_or_path is None:
+        raise ValueError("`model_name_or_path` is missing: name the model to train.")
+
+
+def check_prior(config: QTargetConfig, model: ModelConfig, reference: ReferenceArguments) -> None:
+    """Raise where the target cannot have its prior, which is known before anything is loaded."""
+    policy = PolicyFacts.of(model.model_name_or_path, get_peft_config(model))
+    choose_prior(config, policy, reference.ref_model_name_or_path)
+
+
+def checkpoint_of(training: SFTConfig, config: QTargetConfig) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` names: a folder, or `true` for the last whole one of `output_dir`.
+
+    Raises:
+        ValueError: there is none, it is not whole, or it was trained toward another target.
+    """
+    wanted = training.resume_from_checkpoint
+    if isinstance(wanted, str) and wanted.lower() in ("true", "false"):  # as a command line says it
+        wanted = wanted.lower() == "true"
+    if not isinstance(wanted, str | bool | None):
+        raise ValueError(f"`resume_from_checkpoint` must be a folder, true or false, got `{type(wanted).__name__}`.")
+    if not wanted:
+        return None
+    checkpoint = last_whole_checkpoint(training.output_dir) if wanted is True else wanted
+    check_checkpoint(checkpoint, config, allow_new_target=False)
+    return checkpoint
 
 
 def init_kwargs(model: ModelConfig, training: SFTConfig) -> dict[str, Any]:
@@ -129,59 +200,88 @@ def target_of(arguments: Sequence[str], target: QTargetConfig) -> QTargetConfig 
 
 def names_method(arguments: Sequence[str]) -> bool:
     """Whether the command line or its YAML file names a method, be it the default one."""
-    if any(item.partition("=")[0] == "--method" for item in arguments):
-        return True
-    if "--config" not in arguments:
-        return False
-    path = Path(arguments[list(arguments).index("--config") + 1])
-    return "method" in yaml.safe_load(path.read_text(encoding="utf-8"))
+    arguments = separated(arguments)
+    return any(item.partition("=")[0] == "--method" for item in arguments) or "method" in recipe_of(arguments)
 
 
 # --- data ---
 
 
-def load_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict:
+def check_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
+    """Raise unless a dataset or a mixture is named whose files exist, and `test_split_size` is a size."""
+    size = mixture.test_split_size
+    number = size if isinstance(size, int | float) and not isinstance(size, bool) else math.nan
+    if size is not None and not 0 < number < 1 and not (1 <= number < math.inf and number == int(number)):
+        raise ValueError(
+            f"`test_split_size={size!r:.60}` is no size: it must be a share in (0, 1), or a whole number of rows."
+        )
+    if not mixture.datasets and script.dataset_name is None:
+        raise ValueError("`dataset_name` is missing: name a dataset or a local file, or a mixture in `datasets`.")
+    for name in [each.path for each in mixture.datasets] or [script.dataset_name]:
+        local_format(name)
+
+
+def load_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:
     """The dataset or the mixture, from the hub, from folders or from local files.
 
+    `test_split_size` makes the test split where there is none: a share or a number of rows, chosen by a fixed seed; of
+    a stream, its first rows, and the rest is trained on.
+
     Raises:
-        ValueError: neither is named, or a file does not exist.
+        ValueError: neither is named, a file does not exist, or `test_split_size` does not fit.
     """
+    check_data(script, mixture)
     if mixture.datasets:
         if script.dataset_name:
             logger.warning("`dataset_name` is ignored: the mixture in `datasets` is used.")
         for each in mixture.datasets:
             if loader := local_format(each.path):
                 each.path, each.data_files = loader, each.path
-        return get_dataset(mixture)
-    if script.dataset_name is None:
-        raise ValueError("`dataset_name` is missing: name a dataset or a local file, or a mixture in `datasets`.")
-    name, streaming = script.dataset_name, script.dataset_streaming
-    if loader := local_format(name):
-        dataset = load_dataset(loader, data_files=name, streaming=streaming)
+        # Not split by TRL: it cannot split a stream, and would on each process choose other rows.
+        dataset, train, test = get_dataset(replace(mixture, test_split_size=None)), "train", "test"
     else:
-        dataset = load_dataset(name, name=script.dataset_config, streaming=streaming)
-    if mixture.test_split_size is not None and script.dataset_test_split not in dataset:
-        parts = dataset[script.dataset_train_split].train_test_split(test_size=mixture.test_split_size, seed=0)
-        dataset = DatasetDict({script.dataset_train_split: parts["train"], script.dataset_test_split: parts["test"]})
-    return dataset
+        name, streaming = script.dataset_name, script.dataset_streaming
+        if loader := local_format(name):
+            dataset = load_dataset(loader, data_files=name, streaming=streaming)
+        else:
+            dataset = load_dataset(name, name=script.dataset_config, streaming=streaming)
+        train, test = script.dataset_train_split, script.dataset_test_split
+    if mixture.test_split_size is None or test in dataset:
+        return dataset
+    return _split(split_of(dataset, train, "dataset_train_split"), mixture.test_split_size, train, test)
+
+
+def _split(rows: Dataset | IterableDataset, size: float, train: str, test: str) -> DatasetDict | IterableDatasetDict:
+    if isinstance(rows, IterableDataset):
+        if size < 1:
+            raise ValueError(
+                f"`test_split_size={size}` is a share of a stream, whose length is not known: give a number of rows, "
+                "which are the first ones, or do not stream."
+            )
+        return IterableDatasetDict({train: rows.skip(int(size)), test: rows.take(int(size))})
+    if size >= len(rows):
+        raise ValueError(f"`test_split_size={size:g}` leaves nothing to train on: the dataset has {len(rows)} rows.")
+    parts = rows.train_test_split(test_size=size if size < 1 else int(size), seed=0)
+    return DatasetDict({train: parts["train"], test: parts["test"]})
 
 
 def local_format(name: str) -> str | None:
     """The loader for a local file; None for a folder or a dataset on the hub.
 
     Raises:
-        ValueError: it can only be a file, and there is none.
+        ValueError: it is no name, or can only be a file, and there is none.
     """
-    path = Path(name)
-    loader = FORMATS.get(path.suffix.lower())
-    if path.is_file() and loader is None:
+    if not isinstance(name, str):
+        raise ValueError(f"`{name!r:.60}` is no name of a dataset: it must be a string.")
+    loader = FORMATS.get(Path(name).suffix.lower())
+    if os.path.isfile(name) and loader is None:
         raise ValueError(f"`{name}` has an unknown format: a dataset file ends in {', '.join(FORMATS)}.")
-    if loader and not path.is_file():
+    if loader and not os.path.isfile(name):
         raise ValueError(f"`{name}` does not exist: check the path of the dataset file.")
     return loader
 
 
-def split_of(dataset: DatasetDict, name: str, argument: str) -> Dataset:
+def split_of(dataset: DatasetDict | IterableDatasetDict, name: str, argument: str) -> Dataset | IterableDataset:
     """One split of a dataset.
 
     Raises:
@@ -222,4 +322,4 @@ def _compute_dtype(dtype: str | None) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

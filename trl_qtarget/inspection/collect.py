@@ -18,7 +18,7 @@ from trl import SFTConfig
 
 from ..loss.head import Observed
 from ..priors.base import virtual_tokens
-from ..priors.choice import PolicyFacts, PriorKind, check_models, choose_prior
+from ..priors.choice import PolicyFacts, PriorChoice, PriorKind, check_models, choose_prior
 from ..target.config import QTargetConfig
 from ..target.token_target import TokenTarget
 from ..training.trainer import QTargetSFTTrainer
@@ -108,10 +108,11 @@ def inspect_rows(
     Raises:
         ValueError: no token is labelled, or the policy gives NaN.
     """
+    choices = [trainer.prior_of(config) for config in configs]
     found, seen = [], set()
     bar = tqdm(rows, desc="Inspecting", unit="example", disable=not progress)
     for number, row in enumerate(bar):
-        example = _inspect(trainer, {name: row[name] for name in row if name != ROW_COLUMN}, configs, alternatives)
+        example = _inspect(trainer, {name: row[name] for name in row if name != ROW_COLUMN}, choices, alternatives)
         if example is not None:
             preferred = (method["preferred"] for method in example["methods"])
             seen.update(example["tokens"], *example["alternatives"], *preferred)
@@ -125,7 +126,8 @@ def inspect_rows(
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
         "vocabulary": vocabulary(trainer.processing_class, seen),
         "methods": [
-            _describe(config, title, trainer) for config, title in zip(configs, _titles(configs), strict=True)
+            _describe(config, title, choice, trainer.prior_choice)
+            for config, title, choice in zip(configs, _titles(configs), choices, strict=True)
         ],
         "examples": found,
         "summary": summarise(found, len(configs)),
@@ -223,14 +225,14 @@ class _Tokens:
 
 
 def _inspect(
-    trainer: QTargetSFTTrainer, row: dict[str, Any], configs: Sequence[QTargetConfig], alternatives: int
+    trainer: QTargetSFTTrainer, row: dict[str, Any], choices: Sequence[PriorChoice], alternatives: int
 ) -> dict[str, Any] | None:
     """The data of one example; None if no token of it is labelled."""
     has_prior = trainer.prior_choice.objective.uses_prior
     first, by_method = _Tokens(alternatives), []
     observed = [Observed(_REFERENCE.objective(has_prior), partial(_note_policy, first, has_prior))]
-    for config in configs:
-        choice, found = trainer.prior_of(config), _Tokens(alternatives)
+    for choice in choices:
+        found = _Tokens(alternatives)
         # The policy itself stands in for the starting weights and for an earlier state, as at the first step.
         own = choice.objective.uses_prior and choice.kind is not trainer.prior_choice.kind
         observed.append(Observed(choice.objective, partial(_note_target, found, first), own))
@@ -343,11 +345,12 @@ def _titles(configs: Sequence[QTargetConfig]) -> list[str]:
     return titles
 
 
-def _describe(config: QTargetConfig, title: str, trainer: QTargetSFTTrainer) -> dict[str, Any]:
-    row, choice = config.row, trainer.prior_of(config)
+def _describe(config: QTargetConfig, title: str, choice: PriorChoice, running: PriorChoice) -> dict[str, Any]:
+    """What the page says of a target, whose prior is that of `choice`; `running` is the one that runs."""
+    row = config.row
     if choice.kind is PriorKind.NONE:
         prior = None
-    elif choice.kind is trainer.prior_choice.kind:
+    elif choice.kind is running.kind:
         prior = choice.title or "the policy itself"
     elif choice.kind is PriorKind.LAGGED:
         prior = "an earlier state of the policy; here the policy itself"

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from trl.trainer.utils import create_model_from_path
 
+from ..loss.head import CHANGED
 from ..priors.base import base_model_of
 
 
@@ -52,13 +53,13 @@ def no_trace(*models: Any) -> Iterator[None]:
 
 @contextmanager
 def _own_forward(model: nn.Module) -> Iterator[None]:
-    # A copy made later would go on running the original's weights through a `forward` that is bound to it.
-    forward, tags = vars(model).get("forward"), vars(model).get("model_tags")
-    tags = None if tags is None else list(tags)
+    former = {name: vars(model).get(name) for name in CHANGED}
+    tags = vars(model).get("model_tags")
+    former["model_tags"] = None if tags is None else list(tags)
     try:
         yield
     finally:
-        for name, value in (("forward", forward), ("model_tags", tags)):
+        for name, value in former.items():
             if value is None:
                 vars(model).pop(name, None)
             else:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..gemm import Head, has_mixed_gemm, operand_dtype
+from ..gemm import Head, mixed_gemm_supported, operand_dtype
 from ..target.objective import Objective
 from .chunks import Batch, Kernel
 from .kernels.plain import PlainKernel
@@ -120,7 +120,7 @@ def disagreement(batch: dict[str, Any], kernel: Kernel) -> str | None:
     for name, value in statistics.items():
         if not torch.allclose(other_statistics[name], value, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True):
             return f"they disagree in `{name}`."
-    rounded = has_mixed_gemm(operands, gradients[0])
+    rounded = any(mixed_gemm_supported(product, operands, gradients[0]) for product in ("mm", "addmm"))
     for name, value, other in zip(("hidden", "weight", "bias"), gradients, other_gradients, strict=True):
         tolerance = _ROUNDED_TOLERANCE if rounded else _TOLERANCE
         if value is not None and not (other - value).norm() <= tolerance * value.norm():

@@ -96,8 +96,13 @@ class Batch:
         # Autocast is read here, before it is switched off for the loop.
         self.operands = gemm.operand_dtype(self.hidden, self.head.weight)
         self.dtype = gemm.result_dtype(self.operands)
+        # Rounded once for the products of all chunks. The sums of its gradient are in `dtype` all the same.
+        self.weight = gemm.narrowed(self.head.weight, self.operands)
         if self.prior_head is not None:
-            self.prior_operands = gemm.operand_dtype(self.prior_hidden, self.prior_head.weight)
+            weight = self.prior_head.weight
+            self.prior_operands = gemm.operand_dtype(self.prior_hidden, weight)
+            is_same = weight.is_set_to(self.head.weight) and self.prior_operands == self.operands
+            self.prior_weight = self.weight if is_same else gemm.narrowed(weight, self.prior_operands)
         self.embeddings = Embeddings(self.head.weight, self.labels)
         tokens, vocabulary = max(1, len(self.labels)), self.head.weight.size(0)
         elements = chunk_elements(self.hidden.device, self.dtype, 1 + (self.prior_head is not None))
@@ -141,7 +146,7 @@ class Batch:
                 if any_grad:
                     self.kernel.write_gradient(grad_logits[local], target, inverse_count, slope)
             if hidden_grad:
-                gemm.backproject(gradients[0][chunk], grad_logits, head.weight, self.operands)
+                gemm.backproject(gradients[0][chunk], grad_logits, self.weight, self.operands)
             if weight_grad:
                 gemm.accumulate_weight(gradients[1], grad_logits, self.hidden[chunk], self.operands)
             if bias_grad:
@@ -153,10 +158,10 @@ class Batch:
         for start in range(0, len(self.labels), self.chunk):
             chunk = slice(start, min(start + self.chunk, len(self.labels)))
             logits, prior_logits = self.logits[: chunk.stop - start], None
-            gemm.project(logits, self.hidden[chunk], self.head.weight, self.operands)
+            gemm.project(logits, self.hidden[chunk], self.weight, self.operands)
             if self.prior_head is not None:
                 prior_logits = self.prior_logits[: chunk.stop - start]
-                gemm.project(prior_logits, self.prior_hidden[chunk], self.prior_head.weight, self.prior_operands)
+                gemm.project(prior_logits, self.prior_hidden[chunk], self.prior_weight, self.prior_operands)
             for block in self._blocks(slice(0, chunk.stop - start)):
                 self.head.transform(logits[block])
                 if self.prior_head is not None:

@@ -2,11 +2,13 @@
 
 `add_target_head(model)` makes two calls understood, both without `[N, V]` logits; any other call is unchanged:
 
-    model(**inputs, labels=labels, qtarget=request)  -> QTargetOutput, the loss toward the requested target
-    model(**inputs, final_hidden=True)               -> FinalHiddenOutput, what a prior needs of its model
+    model(**inputs, labels=labels, qtarget=Sealed(request))  -> QTargetOutput, the loss toward the requested target
+    model(**inputs, final_hidden=True)                       -> FinalHiddenOutput, what a prior needs of its model
 """
 
 import functools
+import inspect
+import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
@@ -22,11 +25,21 @@ from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..gemm import Head
+from ..target.checks import check_labels_inside
 from ..target.objective import Objective
+from .body import UnfitHead, head_module, module_of_product, no_logits, rows, run_body, run_head
 from .linear import LinearQTargetOutput, Observer, fused_loss
+from .probe import LogitTransform, check_weight, logits_of, measure, probe_inputs, read_logit_transform
 
 
 IGNORE_INDEX = -100
+
+_logger = logging.getLogger(__name__)
+
+# Where `add_target_head` keeps what it has to know of a model.
+_TAUGHT = "_qtarget"
+# All that it changes of a model.
+CHANGED = ("forward", _TAUGHT)
 
 
 @dataclass
@@ -51,14 +64,17 @@ class NextTokens:
     index: Tensor
 
     @classmethod
-    def of(cls, labels: Tensor) -> "NextTokens":
+    def of(cls, labels: Tensor, vocabulary: int | None = None) -> "NextTokens":
         """Of `labels[B, T]` as a collator makes them: entry `t + 1` is what position `t` predicts."""
-        return cls.shifted(_next_token(labels, IGNORE_INDEX))
+        return cls.shifted(_next_token(labels, IGNORE_INDEX), vocabulary)
 
     @classmethod
-    def shifted(cls, labels: Tensor) -> "NextTokens":
-        """Of labels that are shifted already, flattened to `[B·T]`."""
-        return cls(labels, (labels != IGNORE_INDEX).nonzero().squeeze(1))
+    def shifted(cls, labels: Tensor, vocabulary: int | None = None) -> "NextTokens":
+        """Of labels that are shifted already, flattened to `[B·T]`; a ValueError if one is outside the vocabulary."""
+        index = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        if vocabulary is not None:
+            check_labels_inside(labels, index, vocabulary, IGNORE_INDEX)
+        return cls(labels, index)
 
 
 @dataclass
@@ -94,13 +110,35 @@ class TargetRequest:
     observed: Sequence[Observed] = ()
 
 
+class Sealed:
+    """A value that wrappers hand on as it is: FSDP2 takes dataclasses apart and rounds their tensors."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
 @dataclass
 class QTargetOutput(ModelOutput):
-    """Loss toward the target, the statistics of every position, and the load-balancing loss of a MoE model."""
+    """Loss toward the target with the statistics of every position, and the load-balancing loss of a MoE model.
+
+    `loss` is what the wrappers of the model see, may round and may add to, as PEFT's AdaLoRA does: a zero that hangs
+    on the loss, so that they know of its backward pass. The loss itself is `tokens.loss`; add both.
+    """
 
     loss: Tensor | None = None
-    tokens: LinearQTargetOutput | None = None
-    aux_loss: Tensor | None = None
+    sealed: Sealed | None = None
+
+    @classmethod
+    def of(cls, tokens: LinearQTargetOutput, aux_loss: Tensor | None) -> "QTargetOutput":
+        return cls(tokens.loss.reshape(1)[:0].sum(), Sealed((tokens, aux_loss)))
+
+    @property
+    def tokens(self) -> LinearQTargetOutput:
+        return self.sealed.value[0]
+
+    @property
+    def aux_loss(self) -> Tensor | None:
+        return self.sealed.value[1]
 
 
 @dataclass
@@ -110,38 +148,72 @@ class FinalHiddenOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
 
 
-def read_logit_transform(config: PretrainedConfig) -> tuple[float, float | None]:
-    """Scale and soft-cap that a model applies to its logits, read from the same config attributes as TRL reads."""
-    config = config.get_text_config()
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            scale = getattr(config, name)
-            break
-    else:
-        scale = getattr(config, "logits_scaling", None)
-        # Granite and MiniCPM3 divide by `logits_scaling`, HyperCLOVA X multiplies by it.
-        if scale is not None and config.model_type != "hyperclovax":
-            scale = 1 / scale
-    return 1.0 if scale is None else scale, getattr(config, "final_logit_softcapping", None)
+@dataclass(frozen=True)
+class ModelHead(Head):
+    """The head of a model, perhaps sharded, of whose rows the first `vocabulary` are in use; None for all."""
+
+    vocabulary: int | None = None
 
 
-def head_of(model: PreTrainedModel) -> Head:
+@dataclass
+class _Taught:
+    """What `add_target_head` keeps with a model, so that a copy of the model has a copy of it.
+
+    `forward` is the model's own; `transform` is None until it has been measured.
+    """
+
+    forward: Callable[..., Any]
+    transform: LogitTransform | None = None
+
+
+def head_of(model: PreTrainedModel) -> ModelHead:
     """The LM head of a causal language model, with its logit transform; perhaps sharded (see `gathered`)."""
-    embeddings = model.get_output_embeddings()
-    return Head(embeddings.weight, getattr(embeddings, "bias", None), *read_logit_transform(model.config))
+    head, taught = head_module(model), vars(model).get(_TAUGHT)
+    measured = None if taught is None else taught.transform
+    with align_module_device(module_of_product(head)):  # fetches what Accelerate has offloaded
+        return _model_head(head, measured or LogitTransform(*read_logit_transform(model.config)))
+
+
+def _model_head(module: nn.Module, transform: LogitTransform) -> ModelHead:
+    bias = getattr(module, "bias", None)
+    return ModelHead(module.weight, bias, transform.scale, transform.softcap, transform.vocabulary)
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """How many tokens a model has logits of."""
+    taught = vars(model).get(_TAUGHT)
+    kept = None if taught is None or taught.transform is None else taught.transform.vocabulary
+    return rows(head_module(model).weight) if kept is None else kept
 
 
 @contextmanager
-def gathered(*heads: Head | None) -> Iterator[list[Head | None]]:
-    """The heads, whole: those that FSDP2 or ZeRO-3 has sharded are gathered for the time of this context."""
+def gathered(*heads: ModelHead | None, device: torch.device | None = None) -> Iterator[list[Head | None]]:
+    """The heads, whole and on `device`: those that FSDP2 or ZeRO-3 has sharded are gathered for this context."""
 
-    def whole(value: Tensor | None) -> Tensor | None:
-        return value.full_tensor() if isinstance(value, DTensor) else value
+    def whole(value: Tensor | None, vocabulary: int | None) -> Tensor | None:
+        if value is None:
+            return None
+        if value.is_meta:
+            raise ValueError(
+                "`lm_head` of the prior's model has no values on this process: load that model with its head on a "
+                "device (`device_map`)."
+            )
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        return (value if vocabulary is None else value[:vocabulary]).to(device)
 
     weights = [value for head in heads if head is not None for value in (head.weight, head.bias)]
     parameters = [value for value in weights if hasattr(value, "ds_status")]
     with maybe_gather_lm_head_ctx(*parameters):
-        yield [head and replace(head, weight=whole(head.weight), bias=whole(head.bias)) for head in heads]
+        yield [
+            head
+            and Head(
+                whole(head.weight, head.vocabulary),
+                whole(head.bias, head.vocabulary),
+                head.logit_scale,
+                head.logit_softcap,
+            )
+            for head in heads
+        ]
 
 
 def _load_balancing_loss(config: PretrainedConfig, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
@@ -162,24 +234,31 @@ def _next_token(values: Tensor, fill: float = 0) -> Tensor:
     return F.pad(values[:, 1:], (0, 1), value=fill).reshape(-1)
 
 
-def _next_tokens(request: TargetRequest, labels: Tensor | None, shift_labels: Tensor | None) -> NextTokens:
+def _next_tokens(
+    request: TargetRequest, labels: Tensor | None, shift_labels: Tensor | None, vocabulary: int
+) -> NextTokens:
     if shift_labels is not None:
-        return NextTokens.shifted(shift_labels.reshape(-1))
+        return NextTokens.shifted(shift_labels.reshape(-1), vocabulary)
     known = request.next_tokens
     # Prompt learning has put virtual tokens before the text since.
-    return known if known is not None and len(known.labels) == labels.numel() else NextTokens.of(labels)
+    return known if known is not None and len(known.labels) == labels.numel() else NextTokens.of(labels, vocabulary)
 
 
+@torch.compiler.disable
 def _target_loss(
-    model: PreTrainedModel,
+    head: ModelHead,
     hidden: Tensor,
     prior: PriorStates | None,
     request: TargetRequest,
     next_tokens: NextTokens,
     num_items_in_batch: Tensor | int | None,
 ) -> LinearQTargetOutput:
-    head = head_of(model)
     device, length = head.weight.device, hidden.size(1)
+    if len(next_tokens.labels) != hidden.size(0) * length:
+        raise ValueError(
+            f"The model has {list(hidden.shape[:2])} positions and there are {len(next_tokens.labels)} labels: pass "
+            "labels of the shape of `input_ids`."
+        )
     if prior is not None and prior.hidden.size(1) < length:
         # The prior has no virtual token to predict the first real one from, so nothing is asked of it there.
         labels = next_tokens.labels.clone()
@@ -194,7 +273,7 @@ def _target_loss(
     prior_hidden = None
     if prior is not None:
         prior_hidden = _right_align(prior.hidden, length).flatten(0, 1).to(device)
-    with gathered(head, prior and prior.head()) as (head, prior_head):
+    with gathered(head, prior and prior.head(), device=device) as (head, prior_head):
         of_batch = {
             "token_weights": per_token(request.token_weights),
             "sequence_ids": per_token(request.sequence_ids),
@@ -219,6 +298,45 @@ def _target_loss(
         return output
 
 
+def _body(
+    model: PreTrainedModel,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    answer: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Any]:
+    """`run_body`, after the model's head has been looked at."""
+    kwargs["use_cache"] = False
+    taught: _Taught = vars(model)[_TAUGHT]
+    if taught.transform is None:
+        taught.transform = measure(model, taught.forward, args, kwargs)
+    return run_body(model, taught.forward, args, kwargs, answer)
+
+
+def _loss_in_place_of_logits(
+    model: PreTrainedModel, args: Sequence[Any], kwargs: dict[str, Any], *of_batch: Any
+) -> tuple[LinearQTargetOutput, Any]:
+    """`_target_loss` where the head would make logits, with all that is wrapped around it; and the model's outputs."""
+    head, tokens = head_module(model), None
+
+    def product(module: nn.Module, hidden: Tensor) -> Tensor:
+        nonlocal tokens
+        tokens = _target_loss(_model_head(module, vars(model)[_TAUGHT].transform), hidden, *of_batch)
+        return tokens.loss
+
+    def answer(hidden: Tensor) -> Tensor:
+        return no_logits(run_head(head, hidden, product), hidden, rows(head.weight))
+
+    _, outputs = _body(model, args, kwargs, answer)
+    # Wrappers wait for the gradients of what their modules return, so the logits of no position are a part of the
+    # loss. The loss itself has not passed through the wrappers' hooks, of which some round to a dtype of theirs.
+    return replace(tokens, loss=tokens.loss + logits_of(outputs).sum().to(tokens.loss)), outputs
+
+
+def final_hidden_states(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Tensor:
+    """What a model would give its head, `[B, T, H]`, past all that is wrapped around the model."""
+    return _body(model, args, kwargs)[0]
+
+
 def add_target_head(model: PreTrainedModel) -> None:
     """Teach a causal language model the two calls at the top of this file. Do it before the model is wrapped.
 
@@ -226,36 +344,68 @@ def add_target_head(model: PreTrainedModel) -> None:
         model: the causal language model itself, not its PEFT wrapper.
 
     Raises:
-        ValueError: if the LM head has an adapter of its own, which products with its weight would leave out.
+        ValueError: the LM head has no weight of its own, is quantised, or has an adapter.
     """
-    if hasattr(model.get_output_embeddings(), "base_layer"):  # PEFT's mark of an adapted layer
-        raise ValueError(
-            f"`lm_head` of this {type(model).__name__} has a PEFT adapter, which the fused loss would leave out: take "
-            "it out of `target_modules`, or train it whole with `modules_to_save`. If the model is a `ref_model`, "
-            "pass `ref_model.merge_and_unload()`."
-        )
-    original_forward = model.forward
+    check_weight(model)
+    _take_out_fused_head(model)
+    if _TAUGHT in vars(model) and "forward" in vars(model):
+        return
+    vars(model)[_TAUGHT] = _Taught(model.forward)
     text_config = model.config.get_text_config()
 
-    # The original signature is kept: `generate` and `Trainer` look at it.
+    # Bound to the model and to nothing else, so that a copy of the model runs the copy. The original signature is
+    # kept: `generate` and `Trainer` look at it.
     @functools.wraps(type(model).forward)
-    def forward(self, *args, qtarget: TargetRequest | None = None, final_hidden: bool = False, **kwargs):
+    def forward(self, *args, qtarget: TargetRequest | Sealed | None = None, final_hidden: bool = False, **kwargs):
+        qtarget = qtarget.value if isinstance(qtarget, Sealed) else qtarget
         if qtarget is None and not final_hidden:
-            return original_forward(*args, **kwargs)
+            return vars(self)[_TAUGHT].forward(*args, **kwargs)
         labels = kwargs.pop("labels", None)
         shift_labels = kwargs.pop("shift_labels", None)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        kwargs["use_cache"] = False
-        next_tokens = None if qtarget is None else _next_tokens(qtarget, labels, shift_labels)
-        prior = qtarget.prior() if qtarget is not None and qtarget.prior is not None else None
-        # Looked up on each call: FSDP and PEFT replace the backbone after this function has run.
-        outputs = self.base_model(*args, **kwargs)
         if qtarget is None:
-            return FinalHiddenOutput(outputs.last_hidden_state)
-        tokens = _target_loss(self, outputs.last_hidden_state, prior, qtarget, next_tokens, num_items_in_batch)
+            return FinalHiddenOutput(final_hidden_states(self, *args, **kwargs))
+        next_tokens = _next_tokens(qtarget, labels, shift_labels, vocabulary_of(self))
+        prior = None if qtarget.prior is None else qtarget.prior()
+        of_batch = (prior, qtarget, next_tokens, num_items_in_batch)
+        tokens, outputs = _loss_in_place_of_logits(self, args, kwargs, *of_batch)
         aux_loss = None
         if kwargs.get("output_router_logits"):
             aux_loss = _load_balancing_loss(text_config, outputs.router_logits, kwargs.get("attention_mask"))
-        return QTargetOutput(loss=tokens.loss, tokens=tokens, aux_loss=aux_loss)
+        return QTargetOutput.of(tokens, aux_loss)
 
     model.forward = types.MethodType(forward, model)
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Look at the head of a model that `add_target_head` has taught, by a few tokens of its own.
+
+    A model that is sharded, or that cannot be run on text alone, is looked at in its first pass.
+
+    Raises:
+        ValueError: its logits are not those that the fused loss would compute.
+    """
+    taught: _Taught = vars(model)[_TAUGHT]
+    sharded = any(
+        value.is_meta or isinstance(value, DTensor) or hasattr(value, "ds_status") for value in model.parameters()
+    )
+    if taught.transform is not None or sharded:
+        return
+    try:
+        taught.transform = measure(model, taught.forward, (), dict(probe_inputs(model), use_cache=False))
+    except UnfitHead:
+        raise
+    except Exception as error:
+        _logger.debug(f"The head of {type(model).__name__} will be looked at in the first pass: {error}")
+
+
+def _take_out_fused_head(model: PreTrainedModel) -> None:
+    """Put back the forward that TRL's trainer has replaced: a copy of the model would run the model through it."""
+    forward = getattr(vars(model).get("forward"), "__func__", None)
+    if forward is None or not forward.__globals__["__name__"].startswith("trl."):
+        return
+    original = inspect.getclosurevars(forward).nonlocals["original_forward"]
+    if getattr(original, "__func__", None) is type(model).forward:
+        del vars(model)["forward"]
+    else:
+        vars(model)["forward"] = original

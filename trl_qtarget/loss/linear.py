@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..gemm import Head
 from ..target.checks import (
@@ -97,6 +98,16 @@ class _PrecomputedGradient(torch.autograd.Function):
         )
 
 
+def _refuse_forward_mode(*inputs: Tensor | None) -> None:
+    # Without this a tangent would be dropped, and the derivative be zero in silence.
+    if any(value is not None and forward_ad.unpack_dual(value).tangent is not None for value in inputs):
+        raise RuntimeError(
+            "The fused loss has no forward-mode derivative, as `torch.func.jvp` and `torch.autograd.forward_ad` ask "
+            "for: use `qtarget_loss` on dense logits, or reverse mode."
+        )
+
+
+@torch.compiler.disable
 def linear_qtarget_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -142,6 +153,7 @@ def linear_qtarget_loss(
 
     Raises:
         ValueError: an argument is missing, misshapen or out of range.
+        RuntimeError: an input has a forward-mode tangent.
     """
     config = QTargetConfig.coerce(config)
     check_head("", hidden, weight, bias, logit_softcap)
@@ -177,6 +189,8 @@ def linear_qtarget_loss(
     )
 
 
+# One operation to a compiler. Traced, its loops and checks would be dozens of graphs, and new ones for other sizes.
+@torch.compiler.disable
 def fused_loss(
     objective: Objective,
     hidden: Tensor,
@@ -196,10 +210,14 @@ def fused_loss(
 ) -> LinearQTargetOutput:
     """`linear_qtarget_loss` for arguments that are known to be good, as the trainer's are.
 
+    Labels are not checked (`check_labels_inside` does it): one outside the head is an error of the device by the plain
+    kernel, and NaN in all that depends on it by Triton's.
+
     `index` are the positions `[n]` of the labelled tokens, where they are known already: to find them, the device has
     to finish all that it was given before. `observer` is shown the target of every block, with the positions `[n]` of
     its tokens, before the next one replaces it: so what is looked at is what is trained toward.
     """
+    _refuse_forward_mode(hidden, head.weight, head.bias)
     scored = labels != ignore_index
     index = scored.nonzero().squeeze(1) if index is None else index
 

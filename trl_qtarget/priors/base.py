@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from ..loss.head import PriorStates
+from ..loss.head import PriorStates, final_hidden_states
 
 
 def base_model_of(model: nn.Module) -> PreTrainedModel:
@@ -23,36 +22,16 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
 
 
 def virtual_tokens(model: nn.Module) -> int:
-    """How many positions PEFT's prompt learning puts before the text; prefix tuning puts none there."""
+    """How many positions PEFT's prompt learning puts before the text; prefixes and cartridges put none there."""
     if not is_peft_model(model) or not model.active_peft_config.is_prompt_learning:
         return 0
     config = model.active_peft_config
-    return 0 if config.peft_type == "PREFIX_TUNING" else config.num_virtual_tokens
+    return 0 if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE") else config.num_virtual_tokens
 
 
 def backbone_states(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """Final hidden states `[B, T, H]` by the backbone alone, past the wrapper's forward and its virtual tokens."""
-    return base_model_of(model).base_model(**dict(inputs, use_cache=False)).last_hidden_state
-
-
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout, no gradient checkpointing; afterwards every module and parameter is as before."""
-    # Not the linear layers: none has an evaluation mode of its own, and for 4-bit ones on a CPU bitsandbytes takes it
-    # as a sign to repack the weights into a layout that no gradient passes through.
-    modules = [module for module in model.modules() if module.training and not isinstance(module, nn.Linear)]
-    # PEFT makes every adapter parameter trainable when it turns adapters on again, also one that the user froze.
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    try:
-        for module in modules:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module in modules:
-            module.training = True
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+    """Final hidden states `[B, T, H]` of the model alone, past the wrapper's forward and its virtual tokens."""
+    return final_hidden_states(base_model_of(model), **inputs)
 
 
 class Prior:
@@ -66,6 +45,11 @@ class Prior:
         """What the policy's forward calls for the states. Here the prior has run by then."""
         states = self.states(inputs)
         return lambda: states
+
+    @contextmanager
+    def policy_loads(self) -> Iterator[None]:
+        """Around the moment in which a resumed run loads the policy's weights from a checkpoint."""
+        yield
 
     def start(self, step: int) -> None:
         """Told when training begins, with every wrapper in place; `step` is 0 unless a run is resumed."""

@@ -7,12 +7,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import SFTConfig
 
-from .adapters_off import AdapterOffPrior
 from .base import Prior
 from .choice import PriorChoice, PriorKind
-from .lagged import LaggedPrior
-from .reference import load_reference, reference_prior, starting_copy
+from .own import OwnPrior
+from .reference import ModelPrior, freeze, load_reference
 from .shards import in_zero3
+from .starting_copy import StartingCopyPrior, starting_copy
 
 
 def build_prior(
@@ -38,16 +38,19 @@ def build_prior(
         case PriorKind.NONE | PriorKind.POLICY:
             return None
         case PriorKind.LAGGED:
-            return LaggedPrior(policy, wrapped, choice.sync_steps, choice.sync_decay)
+            return OwnPrior(policy, wrapped, sync_steps=choice.sync_steps, decay=choice.sync_decay)
+        case PriorKind.START:
+            return OwnPrior(policy, wrapped)
         case PriorKind.ADAPTERS_OFF:
-            return AdapterOffPrior(policy)
+            return OwnPrior(policy, wrapped, adapters=False)
         case PriorKind.REFERENCE:
             model = choice.reference
             if isinstance(model, str):
                 model = load_reference(model, policy, args, accelerator)
+            return ModelPrior(*freeze(model, policy, accelerator))
         case PriorKind.STARTING_COPY:
             if in_zero3(policy):  # sharded while it was loaded
                 model = load_reference(choice.starting_path, policy, args, accelerator, same_model=True)
             else:
                 model = starting_copy(policy, accelerator)
-    return reference_prior(model, policy, accelerator)
+            return StartingCopyPrior(*freeze(model, policy, accelerator), policy)

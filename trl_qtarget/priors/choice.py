@@ -36,6 +36,8 @@ class PriorKind(Enum):
     """The policy's own model without its PEFT adapters."""
     STARTING_COPY = "starting_copy"
     """A frozen copy of the starting weights."""
+    START = "start"
+    """The policy's own model with the weights that it started from, those of its PEFT adapters included."""
     LAGGED = "lagged"
     """The policy's own model with the weights of an earlier moment."""
 
@@ -44,6 +46,7 @@ _WORDS = {
     PriorKind.REFERENCE: "the reference model",
     PriorKind.ADAPTERS_OFF: "the base weights (adapters off)",
     PriorKind.STARTING_COPY: "the starting weights (a frozen copy)",
+    PriorKind.START: "the starting policy (the starting values of what is trained)",
 }
 
 
@@ -55,11 +58,13 @@ class PolicyFacts:
         adapters: the PEFT configurations by name; empty without PEFT.
         path: where the policy is loaded from; None for a loaded model.
         sharded: whether ZeRO-3 has sharded a loaded model.
+        may_be_trained: whether adapters came with a loaded model, and so may have been trained already.
     """
 
     adapters: Mapping[str, Any] = field(default_factory=dict)
     path: str | None = None
     sharded: bool = False
+    may_be_trained: bool = False
 
     @classmethod
     def of(cls, model: str | nn.Module, peft_config: Any = None) -> "PolicyFacts":
@@ -67,7 +72,8 @@ class PolicyFacts:
         new = {} if peft_config is None else {"default": peft_config}
         if isinstance(model, str):
             return cls(new, path=model)
-        return cls((dict(model.peft_config) if is_peft_model(model) else {}) | new, sharded=in_zero3(model))
+        given = dict(model.peft_config) if is_peft_model(model) else {}
+        return cls(given | new, sharded=in_zero3(model), may_be_trained=bool(given))
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,7 @@ class PriorChoice:
         starting_path: where the starting weights can be loaded from, if a copy of them cannot be made.
         sync_steps, sync_decay: of a lagged prior.
         warnings: what the user should hear about this choice, once.
+        warning_if_trained: what the user should hear if the adapters have been trained already.
     """
 
     kind: PriorKind
@@ -94,6 +101,7 @@ class PriorChoice:
     sync_steps: int | None = None
     sync_decay: float | None = None
     warnings: tuple[str, ...] = ()
+    warning_if_trained: str | None = None
 
     @property
     def title(self) -> str | None:
@@ -136,25 +144,28 @@ def choose_prior(
             warnings=tuple(warnings),
         )
     if reference is not None:
-        if config.prior == "base":
-            warnings.append("`prior='base'` is overridden: the given `ref_model` is the prior.")
+        if config.prior in ("base", "start"):
+            warnings.append(f"`prior={config.prior!r}` is overridden: the given `ref_model` is the prior.")
         kind, name = PriorKind.REFERENCE, _name_of(reference)
         return PriorChoice(kind, objective, _WORDS[kind], reference, name, warnings=tuple(warnings))
     if source == "model":
         raise ValueError(
             f"{config.label} needs a reference model and `ref_model` is None: pass a path or a loaded model, or "
-            "choose `prior='base'` or `prior='lagged'`."
+            "choose `prior='base'`, `prior='start'` or `prior='lagged'`."
         )
-    if policy.adapters:
+    if policy.adapters and source != "start":
         _check_base(policy.adapters)
-        return PriorChoice(PriorKind.ADAPTERS_OFF, objective, _WORDS[PriorKind.ADAPTERS_OFF])
-    if source == "base":
-        if policy.sharded:
-            raise ValueError(
-                "`prior='base'` copies the starting weights, and ZeRO-3 has already sharded those of `model`: pass a "
-                "path as `model`, or the path of the starting weights as `ref_model`."
+        kind, warning = PriorKind.ADAPTERS_OFF, None
+        if policy.may_be_trained and config.prior == "auto":
+            warning = (
+                f"The adapters of `model` have been trained already, and the prior of {config.label} is the model "
+                "without them, not the policy that training starts from. Say which is meant: `prior='start'` is the "
+                "starting policy, its adapters included; `prior='base'` the weights under them, and silences this."
             )
-        kind = PriorKind.STARTING_COPY
+        return PriorChoice(kind, objective, _WORDS[kind], warning_if_trained=warning)
+    if source in ("base", "start"):
+        # Weights that ZeRO-3 has sharded cannot be copied as a model of their own.
+        kind = PriorKind.START if policy.adapters or policy.sharded else PriorKind.STARTING_COPY
         return PriorChoice(kind, objective, _WORDS[kind], starting_path=policy.path)
     warning = (
         f"{config.label}: no reference model and no PEFT base, so the prior is the policy's own distribution. Pass "
@@ -182,8 +193,9 @@ def _check_base(adapters: Mapping[str, Any]) -> None:
         if isinstance(init, str) and init.startswith(_INITS_THAT_CHANGE_THE_BASE):
             raise ValueError(
                 f"`init_lora_weights={init!r}` of the adapter {name!r} moves a part of the base weights into the "
-                "adapter, so the model without it is not the base model: pass the base model's path as `ref_model`, "
-                "or choose another initialisation, or `prior='policy'`."
+                "adapter, so the model without it is not the base model: set `prior='start'` for the policy as it "
+                "starts, or pass the base model's path as `ref_model`, or choose another initialisation, or "
+                "`prior='policy'`."
             )
 
 

@@ -1,6 +1,5 @@
-"""Another model as the prior: a reference model, a teacher, or a frozen copy; how it is loaded and placed."""
+"""Another model as the prior, a reference model or a teacher: how it is loaded, frozen and placed."""
 
-import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -15,14 +14,15 @@ from trl import SFTConfig
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path
 
-from ..loss.head import PriorStates, add_target_head, head_of
+from ..loss.head import PriorStates, add_target_head, check_head, head_of
 from ..target.checks import check_vocabulary
 from .base import Prior, base_model_of
+from .loading import reference_options
 from .shards import reshard, whole_shape
 
 
 class ModelPrior(Prior):
-    """Another model: a reference model, a teacher, or a frozen copy. `model` is `causal_model` in its wrapper."""
+    """Another model. `model` is `causal_model` in its wrapper."""
 
     def __init__(self, model: nn.Module, causal_model: PreTrainedModel):
         self.model, self.causal_model = model, causal_model
@@ -37,37 +37,37 @@ class ModelPrior(Prior):
 def load_reference(
     path: str, policy: PreTrainedModel, args: SFTConfig, accelerator: Accelerator, same_model: bool = False
 ) -> PreTrainedModel:
-    """Load a reference model with the policy's options and in its dtype; the `same_model` in its revision too."""
-    options = {"dtype": policy.dtype, "trust_remote_code": args.trust_remote_code}
-    options |= args.model_init_kwargs or {}
-    if not same_model:
-        for of_the_policy_alone in ("quantization_config", "revision"):
-            options.pop(of_the_policy_alone, None)
+    """Load a reference model in the policy's dtype, by those of the policy's options that say nothing of which model.
+
+    The `same_model` takes all of them. Code of another model's repository is not run: load such a model yourself.
+    """
+    given = args.model_init_kwargs or {}
+    own = {"trust_remote_code": args.trust_remote_code} | given if same_model else reference_options(given)
+    options = {"dtype": policy.dtype} | own
     if accelerator.num_processes > 1:
         options["device_map"] = None
     return create_model_from_path(path, **options)
 
 
-def starting_copy(policy: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
-    """A second set of the policy's weights, of before any training. Frozen ones are shared where none is sharded."""
-    sharded = accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
-    shared = [] if sharded else [parameter for parameter in policy.parameters() if not parameter.requires_grad]
-    model = copy.deepcopy(policy, {id(parameter): parameter for parameter in shared})
-    vars(model).pop("forward", None)  # a replaced forward would still run the policy
-    return model
+def freeze(
+    ref_model: PreTrainedModel, policy: nn.Module, accelerator: Accelerator
+) -> tuple[nn.Module, PreTrainedModel]:
+    """Freeze a reference model, teach it to hand out hidden states, and shard it where the policy is sharded.
 
-
-def reference_prior(ref_model: PreTrainedModel, policy: nn.Module, accelerator: Accelerator) -> ModelPrior:
-    """Freeze a reference model, teach it to hand out hidden states, and shard it where the policy is sharded."""
+    Returns:
+        The model in its wrapper, and the causal language model inside.
+    """
     causal_model = base_model_of(ref_model)
+    add_target_head(causal_model)
     vocabularies = [
         whole_shape(each.get_output_embeddings().weight)[0] for each in (causal_model, base_model_of(policy))
     ]
     check_vocabulary("ref_model", *vocabularies)
     ref_model.requires_grad_(False)
     ref_model.eval()
-    add_target_head(causal_model)
-    return ModelPrior(_place(ref_model, accelerator), causal_model)
+    placed = _place(ref_model, accelerator)
+    check_head(causal_model)
+    return placed, causal_model
 
 
 def _place(ref_model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:

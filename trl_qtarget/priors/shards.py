@@ -23,6 +23,11 @@ def in_zero3(model: nn.Module) -> bool:
     return any(map(_in_zero3, model.parameters()))
 
 
+def in_fsdp2(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded a model."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
     """Shape of a parameter, also of one that ZeRO-3 has sharded."""
     return parameter.ds_shape if _in_zero3(parameter) else parameter.shape
@@ -99,9 +104,12 @@ def exchanged(model: nn.Module, wrapped: nn.Module, parts: Mapping[str, Tensor])
     _release(model, wrapped)  # first: until then, some of the parameters may be whole ones in the place of the shares
     parameters = {name: value for name, value in model.named_parameters() if name in parts}
     former = {name: _put(value, parts[name]) for name, value in parameters.items()}
+    # Autocast keeps a parameter's cast by the parameter, whose other values it would be taken for.
+    torch.clear_autocast_cache()
     try:
         yield
     finally:
         _release(model, wrapped)
         for name, value in parameters.items():
             _put(value, former[name])
+        torch.clear_autocast_cache()

@@ -14,13 +14,26 @@ def check_labels(labels: Tensor, rows: int, vocabulary: int, ignore_index: int) 
         raise ValueError(f"`labels` must be token ids, got dtype {labels.dtype}: convert it to torch.long.")
     labels = labels.long()
     scored = labels != ignore_index
-    outside = scored & ((labels < 0) | (labels >= vocabulary))
+    _check_inside(labels.masked_fill(~scored, 0), vocabulary, ignore_index)
+    return labels, scored
+
+
+def check_labels_inside(labels: Tensor, index: Tensor, vocabulary: int, ignore_index: int = -100) -> None:
+    """Raise unless `labels[N]` at the positions `index[n]` are inside the vocabulary: the rows of the LM head.
+
+    One number is read from the device. Right after the positions were found, for which it has finished all that it was
+    given before, that takes no longer than the comparison itself.
+    """
+    _check_inside(labels[index], vocabulary, ignore_index)
+
+
+def _check_inside(ids: Tensor, vocabulary: int, ignore_index: int) -> None:
+    outside = (ids < 0) | (ids >= vocabulary)
     if outside.any():
         raise ValueError(
-            f"`labels` holds the id {labels[outside][0].item()}, outside the vocabulary of {vocabulary}: mark tokens "
+            f"`labels` holds the id {ids[outside][0].item()}, outside the vocabulary of {vocabulary}: mark tokens "
             f"that should not be scored with `ignore_index` ({ignore_index})."
         )
-    return labels, scored
 
 
 def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:

@@ -15,7 +15,7 @@ from .registry import KNOBS, Range
 
 
 CONFIG_NAME = "qtarget_config.json"
-PRIORS = ("auto", "policy", "base", "model", "lagged")
+PRIORS = ("auto", "policy", "base", "start", "model", "lagged")
 KERNELS = ("auto", "torch", "triton")
 
 _NAMES = ("method", "trust", "residual")
@@ -67,7 +67,8 @@ class QTargetConfig:
             of the method or design; one that the chosen target does not use is an error.
         prior (`str`, defaults to `"auto"`): where the prior comes from. `"auto"`: what the method names (for
             `target_sft` and free combinations: a given reference model, else the base weights under PEFT, else the
-            policy itself). `"policy"`: the policy's own detached distribution. `"base"`: the starting weights.
+            policy itself). `"policy"`: the policy's own detached distribution. `"base"`: the weights under PEFT's
+            adapters; without PEFT, the starting weights. `"start"`: the starting policy, its adapters included.
             `"model"`: the reference model given to the trainer. `"lagged"`: an earlier state of the policy.
         prior_sync_steps (`int`): a lagged prior follows the policy every so many optimiser steps (default 8).
         prior_sync_decay (`float` in [0, 1)): at a sync, keep this share of the lagged prior (an EMA); None copies.
@@ -113,7 +114,14 @@ class QTargetConfig:
     top_k: int | None = _knob("Number of tokens in the top-k entropy, or of nearest neighbors.")
     temperature: float | None = _knob("Temperature of the prior, of the neighbors, or of the importance weight, > 0.")
     clip_max: float | None = _knob("Largest importance weight, > 0.")
-    prior: str = field(default="auto", metadata={"help": "Where the prior comes from.", "choices": list(PRIORS)})
+    prior: str = field(
+        default="auto",
+        metadata={
+            "help": "Where the prior comes from. 'base': the weights under PEFT's adapters. 'start': the starting "
+            "policy, its adapters included; without PEFT the same.",
+            "choices": list(PRIORS),
+        },
+    )
     prior_sync_steps: int | None = field(
         default=None, metadata={"help": "Optimiser steps between two syncs of a lagged prior. None: 8."}
     )
@@ -192,7 +200,7 @@ class QTargetConfig:
         elif self.prior == "policy" and self.row is not None and self.row.prior != "auto":
             raise ValueError(
                 f"`prior='policy'` leaves {self.label} without the second distribution that it needs: use 'base', "
-                "'lagged', or 'model' with a reference model."
+                "'start', 'lagged', or 'model' with a reference model."
             )
         for name in ("prior_sync_steps", "prior_sync_decay"):
             if getattr(self, name) is not None and self.prior_source != "lagged":
@@ -304,7 +312,7 @@ class QTargetConfig:
         if objective.uses_prior and not has_prior:
             raise ValueError(
                 f"{self.label} needs a prior and none is given: pass `prior_logits` or `prior_hidden` (to the "
-                "trainer: a `ref_model`, or `prior='base'` or 'lagged')."
+                "trainer: a `ref_model`, or `prior='base'`, 'start' or 'lagged')."
             )
         return objective
 

@@ -43,7 +43,7 @@ def _log_probs(logits: Tensor) -> Tensor:
 
 
 class _ValueWithGradient(torch.autograd.Function):
-    """The numbers `value[n]`, with the gradient of `(weights * log_probs).sum(-1)` for constant `weights[n, V]`.
+    """The numbers `value[n]`, with the derivatives of `(weights * log_probs).sum(-1)` for constant `weights[n, V]`.
 
     Not written as `value + x - x.detach()`: x is all but infinite where the target has mass on a masked token.
     """
@@ -55,11 +55,17 @@ class _ValueWithGradient(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (weights,) = ctx.saved_tensors
         return grad[:, None] * weights, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *of_constants: Tensor | None) -> Tensor:
+        (weights,) = ctx.saved_tensors
+        return torch.linalg.vecdot(weights, tangent)
 
 
 @torch.no_grad()
@@ -75,6 +81,10 @@ def _token_target(
     progress: float,
 ) -> tuple[Objective, TokenTarget, Tensor]:
     """Check the arguments; return the objective, the target of the scored tokens, and their mask `[N]`."""
+    # A target is a constant in forward mode too, which `no_grad` leaves on.
+    logits, prior_logits, token_weights, embeddings = (
+        None if value is None else value.detach() for value in (logits, prior_logits, token_weights, embeddings)
+    )
     if logits.dim() != 2:
         raise ValueError(f"`logits` must have shape [N, V], got {list(logits.shape)}: flatten the leading dimensions.")
     objective = QTargetConfig.coerce(config).objective(has_prior=prior_logits is not None)

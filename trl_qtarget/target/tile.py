@@ -18,6 +18,8 @@ from .. import gemm
 
 # Cosine similarities searched at a time: 16 Mi elements, 64 MiB in float32.
 _SEARCH_ELEMENTS = 1 << 24
+# Times a smaller share, the floor that stands for a probability of zero is too near to the other logarithms.
+SMALLEST_SHARE = 1e-6
 
 
 def floor_of(dtype: torch.dtype) -> float:
@@ -30,24 +32,68 @@ def finite(log_probs: Tensor, in_place: bool = False) -> Tensor:
     return torch.clamp(log_probs, min=floor_of(log_probs.dtype), out=log_probs if in_place else None)
 
 
+def power_of(log_probs: Tensor, share: float) -> Tensor:
+    """`share · log_probs` for a share >= 0: logarithms of a power, in which zero stays zero at every share > 0."""
+    powers = log_probs * share
+    return powers if share >= SMALLEST_SHARE else _zeros_kept(powers, (log_probs, share))
+
+
+def _zeros_kept(powers: Tensor, *factors: tuple[Tensor, float]) -> Tensor:
+    """Put the floor back, in place, where one of some log-probabilities with a share > 0 stands for zero."""
+    floor = floor_of(powers.dtype)
+    for log_probs, share in factors:
+        if share > 0:
+            powers.masked_fill_(log_probs <= floor / 2, floor)
+    return powers
+
+
+def _normalised(scores: Tensor, zero: float) -> Tensor:
+    """Log-softmax of `scores[n, V]`, over them; NaN in a row without a score above `zero`, which is no distribution.
+
+    PyTorch's softmax of a row of `-inf` is NaN too. An even chance for all would be an answer nobody gave.
+    """
+    impossible = scores.amax(dim=-1, keepdim=True) <= zero
+    scores[:, :1].masked_fill_(impossible, math.nan)
+    return torch.log_softmax(scores, dim=-1, out=scores)
+
+
 def tempered(logits: Tensor, temperature: float) -> Tensor:
-    """Log-softmax of `logits[n, V] / temperature`, finite for every temperature > 0."""
-    # From the largest logit, so that a tiny temperature leaves 0 there and at worst -inf elsewhere.
-    shifted = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature)
+    """Log-softmax of `logits[n, V] / temperature`, finite for every temperature > 0; NaN in a row of zeros alone."""
+    floor, top = floor_of(logits.dtype), logits.amax(dim=-1, keepdim=True)
+    top.masked_fill_(top <= floor, math.nan)
+    # From the largest logit, so that a tiny temperature leaves 0 there and at worst -inf elsewhere; a temperature that
+    # the dtype rounds to zero would make NaN of that 0.
+    shifted = (logits - top).div_(max(temperature, torch.finfo(logits.dtype).tiny))
+    if temperature > 1 / SMALLEST_SHARE:
+        _zeros_kept(shifted, (logits, 1.0))
     return finite(torch.log_softmax(shifted, dim=-1, out=shifted), in_place=True)
 
 
 def mixed(policy_logits: Tensor, prior_logits: Tensor | None, policy: float, prior: float) -> Tensor:
-    """Log-softmax of `policy · policy_logits[n, V] + prior · prior_logits[n, V]`."""
+    """Log-softmax of `policy · policy_logits[n, V] + prior · prior_logits[n, V]`, both finite, for shares >= 0.
+
+    NaN in rows where no token is possible under all that has a share.
+    """
     if policy == 0 == prior:
         return torch.full_like(policy_logits, -math.log(policy_logits.size(-1)))
     if policy == 0 or prior == 0:
         return tempered(prior_logits, 1 / prior) if policy == 0 else tempered(policy_logits, 1 / policy)
+    smallest, floor = min(policy, prior), floor_of(policy_logits.dtype)
+    if smallest < SMALLEST_SHARE:
+        both = torch.mul(policy_logits, policy).add_(prior_logits, alpha=prior)
+        return _normalised(_zeros_kept(both, (policy_logits, policy), (prior_logits, prior)), floor / 2)
     if policy == 1 - prior:
         both = torch.lerp(policy_logits, prior_logits, prior)
     else:
         both = torch.mul(policy_logits, policy).add_(prior_logits, alpha=prior)
-    return torch.log_softmax(both, dim=-1, out=both)
+    log_probs = _normalised(both, min(smallest, 1.0) * floor / 2)
+    return finite(log_probs, in_place=True) if policy + prior > 1 else log_probs  # a floor times more may be -inf
+
+
+def _is_first_of_largest(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether the label's is the first of the largest of `logits[n, V]`; it is not where they are NaN or all zeros."""
+    possible = logits.gather(1, labels[:, None]).squeeze(1) > floor_of(logits.dtype)
+    return (logits.argmax(dim=-1) == labels) & possible
 
 
 def top_values(values: Tensor, k: int) -> Tensor:
@@ -56,8 +102,8 @@ def top_values(values: Tensor, k: int) -> Tensor:
 
 
 def entropy_of(logits: Tensor) -> Tensor:
-    """Entropy `[n]`, in nats, of the softmax of every row of finite `logits[n, k]`."""
-    log_probs = torch.log_softmax(logits, dim=-1)
+    """Entropy `[n]`, in nats, of the softmax of every row of finite `logits[n, k]`; NaN for a row of zeros alone."""
+    log_probs = _normalised(logits.clone(), floor_of(logits.dtype))
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
@@ -241,8 +287,8 @@ class Tile:
         """`[n, V]`, log-softmax of the prior's logits."""
         if self.prior_logits is self.log_probs:
             return self.log_probs
-        out = self.prior_logits if self.reuse_buffers else None
-        return torch.log_softmax(self.prior_logits, dim=-1, out=out)
+        logits = self.prior_logits if self.reuse_buffers else self.prior_logits.clone()
+        return _normalised(logits, floor_of(logits.dtype))
 
     @cached_property
     def prior_label_log_probs(self) -> Tensor:
@@ -264,12 +310,12 @@ class Tile:
     @property
     def is_top1(self) -> Tensor:
         """`[n]`, whether the label is the most probable token; among equals the first one is, as TRL counts."""
-        return self.log_probs.argmax(dim=-1) == self.labels
+        return _is_first_of_largest(self.log_probs, self.labels)
 
     @property
     def prior_is_top1(self) -> Tensor:
         """`[n]`, whether the label is the prior's most probable token."""
-        return self.prior_logits.argmax(dim=-1) == self.labels
+        return _is_first_of_largest(self.prior_logits, self.labels)
 
     @cached_property
     def rank(self) -> Tensor:

@@ -45,9 +45,10 @@ class TokenTarget:
 
     @property
     def residual(self) -> Measure | None:
-        """π̃, where `Q = γ δ + (1 - γ) π̃` with one π̃, as in most methods; else None."""
-        (measure, *shares), *others = [part for part in self.parts if part.constant or part.factor]
-        return measure if not others and shares == [1.0, -1.0] else None
+        """π̃, where `Q = γ δ + (1 - γ) π̃` with one π̃, as in most methods (in `gem` for beta = 1); else None."""
+        measures = {id(part.measure): part.measure for part in self.parts if part.constant or part.factor}
+        shares = [sum(part.constant for part in self.parts), sum(part.factor for part in self.parts)]
+        return next(iter(measures.values())) if len(measures) == 1 and shares == [1.0, -1.0] else None
 
     @property
     def nll(self) -> Tensor:

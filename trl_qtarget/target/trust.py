@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .registry import AtLeastTwo, MoreThanHalf, NonNegative, Positive, PositiveUnit, Share, Shelf, Unit
-from .tile import LabelStatistics, Tile
+from .tile import LabelStatistics, Tile, power_of
 
 
 TRUSTS = Shelf("trust", ("uses_prior", "per_sequence", "uses_token_weights"))
@@ -90,7 +90,7 @@ def probability_anchor(tile: Tile, *, lam: NonNegative = 0.05) -> Tensor:
 @register_trust("power")
 def power(tile: Tile, *, alpha: NonNegative = 1.0) -> Tensor:
     """γ = p_y^alpha."""
-    return (alpha * tile.label_log_probs).exp()
+    return power_of(tile.label_log_probs, alpha).exp()
 
 
 @register_trust("threshold")
@@ -119,7 +119,7 @@ def clipped_ratio(tile: Tile, *, epsilon: NonNegative = 0.28) -> Tensor:
     Where both probabilities are zero, as for a masked token, r = 1: the policy has not moved.
     """
     ratio = (tile.label_log_probs - tile.prior_label_log_probs).exp()
-    return torch.where(ratio < 1 + epsilon, ratio, 0.0)
+    return torch.where(ratio >= 1 + epsilon, 0.0, ratio)  # a ratio of NaN stays NaN
 
 
 @register_trust("token_weights", uses_token_weights=True)

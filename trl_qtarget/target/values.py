@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .registry import NonNegative, Positive
-from .tile import Tile
+from .tile import SMALLEST_SHARE, Tile, power_of
 from .token_target import TokenTarget
 from .trust import IDFT_FLOOR, adaptive_weight
 
@@ -50,9 +50,12 @@ def divergence(target: TokenTarget) -> Tensor:
 
 def power_loss(target: TokenTarget, *, alpha: NonNegative = 1.0) -> Tensor:
     """(1 - p_y^alpha)/alpha, which tends to the NLL as alpha goes to 0."""
-    if alpha == 0:
-        return target.nll
-    return -torch.expm1(alpha * target.tile.label_log_probs) / alpha
+    exponent = power_of(target.tile.label_log_probs, alpha)
+    if alpha >= SMALLEST_SHARE:
+        return -torch.expm1(exponent) / alpha
+    # NLL · (exp(x) - 1)/x with x = alpha log p_y, of which the quotient is 1 where the dtype rounds x to zero.
+    quotient = torch.where(exponent == 0, 1.0, torch.expm1(exponent) / exponent)
+    return torch.where(exponent > -1, target.nll * quotient, -torch.expm1(exponent) / alpha)
 
 
 def clipped_ratio_loss(target: TokenTarget, *, epsilon: NonNegative = 0.28) -> Tensor:

@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from ..priors.lagged import STATE_NAME
+from ..priors.own import STATE_NAME
 from ..target.config import CONFIG_NAME, QTargetConfig
 
 

@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor
+from torch.nn import functional as F
 from trl.data_utils import get_dataset_column_names, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -76,12 +77,30 @@ def count_scored(batch: Mapping[str, Any], first: bool) -> Tensor:
 
 
 def sequences_of(inputs: Mapping[str, Any]) -> Tensor:
-    """Which document each token of a batch belongs to, `[B, T]`: one per row, but for padding-free batches."""
-    if "attention_mask" not in inputs and "position_ids" in inputs:
-        # The collator flattens rows into one, and starts each document at position 0.
-        return (inputs["position_ids"] == 0).cumsum(-1)
+    """Which document each token of a batch belongs to, `[B, T]`: one per row, but where the batch says more.
+
+    It does so by `seq_idx` or by position ids that do not go on, both `[B, T]`, or by `cu_seq_lens_q` of a single row.
+    """
     labels = inputs["labels"]
-    return torch.arange(labels.size(0), device=labels.device)[:, None].expand_as(labels)
+    rows, length = labels.shape
+    row = torch.arange(rows, device=labels.device)[:, None]
+    return (row * (length + 1) + _documents_of_rows(inputs, labels)).expand_as(labels)
+
+
+def _documents_of_rows(inputs: Mapping[str, Any], labels: Tensor) -> Tensor | int:
+    """The number of a token's document in its row; 0 where nothing tells documents apart."""
+    positions, index, ends = (inputs.get(name) for name in ("position_ids", "seq_idx", "cu_seq_lens_q"))
+    if positions is not None and positions.dim() == 3:  # of text and image: in the text, height, width and time
+        positions = positions[0] if len(positions) == 4 else None
+    if index is not None:
+        begins = index[:, 1:] != index[:, :-1]
+    elif positions is not None:
+        begins = positions[:, 1:] <= positions[:, :-1]
+    elif ends is not None and len(labels) == 1:
+        return torch.bucketize(torch.arange(labels.size(1), device=labels.device), ends[1:], right=True)
+    else:
+        return 0
+    return F.pad(begins, (1, 0)).cumsum(-1)
 
 
 def check_weights(weights: Any, tokens: int, column: str, row: Any) -> list[float]:
@@ -100,6 +119,13 @@ def check_weights(weights: Any, tokens: int, column: str, row: Any) -> list[floa
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
         raise ValueError(f"`{column}` of example {row} has a weight that is negative, NaN or infinite: use >= 0.")
     return weights
+
+
+def is_packed(dataset: Any) -> bool:
+    """Whether a dataset has the columns that packing makes."""
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return False
+    return not {"seq_lengths", SEQUENCES_KEY}.isdisjoint(get_dataset_column_names(dataset))
 
 
 def prepare_with_columns(

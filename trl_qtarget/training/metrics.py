@@ -1,6 +1,6 @@
-"""What is logged of the target: sums over a batch that stay on the device until they are read."""
+"""What is logged: sums over batches, which stay on the device until they are reported."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,12 +13,9 @@ from ..loss.linear import LinearQTargetOutput
 TARGET_METRICS = ("nll", "trust", "label_mass", "kl", "prior_agreement")
 
 
-def target_means(totals: Iterable[float]) -> dict[str, float]:
-    """`target/...` from the sums of `local_sums` over everything since the last report; none without a token."""
-    values = list(totals)[4:]
-    sums, counts = values[: len(TARGET_METRICS)], values[len(TARGET_METRICS) :]
-    named = zip(TARGET_METRICS, sums, counts, strict=True)
-    return {f"target/{name}": total / count for name, total, count in named if count}
+def sums_dtype(device: torch.device) -> torch.dtype:
+    """Of sums over many batches: float64, but on devices that may have none, such as Apple's."""
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
 
 def local_sums(tokens: LinearQTargetOutput, inputs: Mapping[str, Any]) -> Tensor:
@@ -29,8 +26,53 @@ def local_sums(tokens: LinearQTargetOutput, inputs: Mapping[str, Any]) -> Tensor
         all_tokens = torch.tensor(inputs["position_ids"].size(1))
     else:
         raise ValueError("`data_collator` must return `attention_mask` or `position_ids`: add one of them.")
-    columns = (tokens.nll, tokens.trust, tokens.label_mass, tokens.kl, tokens.prior_is_top1)
-    sums = [tokens.scored.sum(), all_tokens, tokens.entropy.sum(), tokens.is_top1.sum()]
-    sums += [column.nan_to_num(nan=0.0).sum() for column in columns]
-    sums += [(tokens.scored & ~column.isnan()).sum() for column in columns]
+    scored, kl, agreement = tokens.scored, tokens.kl, tokens.prior_is_top1
+    broken = tokens.nll.isnan() | tokens.trust.isnan() | tokens.label_mass.isnan()
+    columns = (
+        (tokens.nll, scored),
+        (tokens.trust, scored),
+        (tokens.label_mass, scored),
+        # NaN says that there is none, but where a number that it is made of is NaN: that has to be seen.
+        (kl, scored & (broken | ~kl.isnan())),
+        (agreement, scored & ~agreement.isnan()),
+    )
+    sums = [scored.sum(), all_tokens, tokens.entropy.sum(), tokens.is_top1.sum()]
+    sums += [column.masked_fill(~has, 0.0).sum() for column, has in columns]
+    sums += [has.sum() for _, has in columns]
     return torch.stack([value.to(tokens.nll.device, torch.float32) for value in sums])
+
+
+class RunningMeans:
+    """The means of everything since the last report, from sums of one size however many batches there were.
+
+    Args:
+        aux_loss: whether there is an auxiliary loss to report.
+    """
+
+    def __init__(self, aux_loss: bool = False):
+        # TRL's own metrics are means over micro-batches, whatever the number of their tokens.
+        self._of_batches = ["entropy", "mean_token_accuracy", *(["aux_loss"] if aux_loss else [])]
+        self._sums: Tensor | None = None
+
+    def add(self, sums: Tensor, aux_loss: Tensor | None) -> None:
+        """Add a micro-batch: `local_sums` of all ranks together, and the mean auxiliary loss of the ranks."""
+        count = sums[0].clamp(min=1)
+        of_batch = [torch.ones_like(count), sums[2] / count, sums[3] / count]
+        of_batch += [] if aux_loss is None else [aux_loss.to(count)]
+        new = torch.cat([torch.stack(of_batch), sums[4:]]).to(sums_dtype(sums.device))
+        self._sums = new if self._sums is None else self._sums + new
+
+    def clear(self) -> None:
+        """Forget all batches."""
+        self._sums = None
+
+    def take(self) -> dict[str, float]:
+        """The means by name, and forget the batches; nothing without a batch, no `target/...` without a token."""
+        if self._sums is None:
+            return {}
+        batches, *values = self._sums.tolist()
+        self.clear()
+        means = {name: values.pop(0) / batches for name in self._of_batches}
+        sums, counts = values[: len(TARGET_METRICS)], values[len(TARGET_METRICS) :]
+        named = zip(TARGET_METRICS, sums, counts, strict=True)
+        return means | {f"target/{name}": total / count for name, total, count in named if count}

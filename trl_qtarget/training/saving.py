@@ -1,17 +1,23 @@
 """What the trainer writes to disk, and how it goes on from there."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from accelerate.logging import get_logger
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..priors.adapters import are_trained
 from ..priors.base import Prior
 from ..priors.choice import PriorChoice
 from ..target.config import QTargetConfig
 from .card import add_target
 from .checkpoints import check_checkpoint, clear_state, last_whole_checkpoint
+
+
+logger = get_logger(__name__)
 
 
 class CheckpointMixin:
@@ -45,7 +51,16 @@ class CheckpointMixin:
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             check_checkpoint(resume_from_checkpoint, self.qtarget_config, allow_new_target)
+        elif self.prior_choice.warning_if_trained and are_trained(self.model):
+            logger.warning(self.prior_choice.warning_if_trained)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # `Trainer` looks whether it is done after each step, so a finished run would take one more when it is resumed.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -73,7 +88,8 @@ class CheckpointMixin:
         # PEFT reads adapters as float32, but those of a quantised model are trained in bfloat16: the run would go on
         # with other roundings than it began with, and need more memory.
         dtypes = {name: value.dtype for name, value in self.model.named_parameters() if value.requires_grad}
-        super()._load_from_checkpoint(*args, **kwargs)
+        with self._prior.policy_loads() if self._prior is not None else nullcontext():
+            super()._load_from_checkpoint(*args, **kwargs)
         for name, value in self.model.named_parameters():
             if value.dtype != dtypes.get(name, value.dtype):
                 value.data = value.data.to(dtypes[name])

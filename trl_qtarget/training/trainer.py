@@ -6,20 +6,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, is_peft_model
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
+from ..loss.body import inference
 from ..loss.choice import check_kernel
-from ..loss.head import IGNORE_INDEX, NextTokens, Observed, QTargetOutput, TargetRequest, add_target_head
-from ..priors.base import PriorCallback, base_model_of, inference, virtual_tokens
+from ..loss.head import (
+    IGNORE_INDEX,
+    NextTokens,
+    Observed,
+    QTargetOutput,
+    Sealed,
+    TargetRequest,
+    add_target_head,
+    check_head,
+    vocabulary_of,
+)
+from ..priors.base import PriorCallback, base_model_of, virtual_tokens
 from ..priors.build import build_prior
 from ..priors.choice import PolicyFacts, PriorChoice, PriorKind, check_models, choose_prior
 from ..target.config import QTargetConfig
@@ -32,10 +44,11 @@ from .data import (
     check_batch,
     check_column,
     count_scored,
+    is_packed,
     prepare_with_columns,
     sequences_of,
 )
-from .metrics import local_sums, target_means
+from .metrics import RunningMeans, local_sums
 from .resolve import resolve_config
 from .saving import CheckpointMixin
 
@@ -43,10 +56,10 @@ from .saving import CheckpointMixin
 logger = get_logger(__name__)
 
 # Under prompt learning. All others see the text alone.
-_PRIORS_WITH_VIRTUAL_TOKENS = (PriorKind.NONE, PriorKind.POLICY, PriorKind.LAGGED)
+_PRIORS_WITH_VIRTUAL_TOKENS = (PriorKind.NONE, PriorKind.POLICY, PriorKind.START, PriorKind.LAGGED)
 
 # Arguments of the policy's forward that a prior's backbone is not given.
-_POLICY_ALONE = ("labels", "output_router_logits")
+_POLICY_ALONE = ("labels", "shift_labels", "output_router_logits")
 
 
 class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
@@ -62,7 +75,8 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         qtarget_config (`QTargetConfig`, `str` or `dict`): the target; a method's name for its defaults. `None` is
             `"target_sft"`, or `"dft"` if `args.loss_type="dft"`.
         ref_model (`str` or `PreTrainedModel`): reference model or teacher, of the policy's vocabulary: the prior of
-            every method that uses a frozen one. A path is loaded with `args.model_init_kwargs`, in the policy's dtype.
+            every method that uses a frozen one. A path is loaded in the policy's dtype and with those of
+            `args.model_init_kwargs` that say nothing of which model it is; code of its repository is not run.
 
     Raises:
         ValueError: before any training step, if the target, the `SFTConfig`, the reference model or the dataset do not
@@ -92,12 +106,13 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         self._policy_facts, self._ref_model = PolicyFacts.of(model, given.get("peft_config")), ref_model
         self.prior_choice = self.prior_of(self.qtarget_config)
         self._token_columns = _token_columns(self.qtarget_config, self.prior_choice.objective, given)
+        self._prepared: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # dataset -> whether it is packed
 
         super().__init__(model, args, *sft_args, **sft_kwargs)
 
         # The loss is this package's and takes `num_items_in_batch`, whatever the model's class says of its own.
         self.model_accepts_loss_kwargs = True
-        _refuse_what_cannot_work(self.accelerator)
+        _refuse_what_cannot_work(self.accelerator, self.model)
         check_kernel(self.qtarget_config.kernel, self.accelerator.device)
         # A subclass of TRL's collators is the user's own, and left alone.
         if self._token_columns and type(self.data_collator) is DataCollatorForVisionLanguageModeling:
@@ -108,13 +123,16 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         if self._token_columns and type(self.data_collator) is DataCollatorForLanguageModeling:
             self.data_collator = TokenColumnCollator.extending(self.data_collator, self._token_columns)
         add_target_head(base_model_of(self.model))
+        # With those two the weights are not in place yet, and the first pass does it.
+        if self.accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            check_head(base_model_of(self.model))
         self._prior = build_prior(
             self.prior_choice, self.model, lambda: self.model_wrapped, self.args, self.accelerator
         )
         if self._prior is not None:
             self.add_callback(PriorCallback(self._prior))
         self._announce_prior()
-        self._totals: dict[str, Tensor] = {}
+        self._running = {mode: RunningMeans(self.aux_loss_enabled) for mode in ("train", "eval")}
         self._new_tokens: Tensor | int = 0
 
     def prior_of(self, config: QTargetConfig) -> PriorChoice:
@@ -134,10 +152,16 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
 
     # --- data ---
 
-    def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._token_columns:
-            return super()._prepare_dataset(*args, **kwargs)
-        return prepare_with_columns(super()._prepare_dataset, self._token_columns, *args, **kwargs)
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: SFTConfig, packing: bool, *more: Any) -> Any:
+        if self._prepared.get(dataset) == packing:
+            return dataset
+        given = (dataset, processing_class, args, packing, *more)
+        if self._token_columns:
+            prepared = prepare_with_columns(super()._prepare_dataset, self._token_columns, *given)
+        else:
+            prepared = super()._prepare_dataset(*given)
+        self._prepared[prepared] = packing
+        return prepared
 
     def prepare_rows(self, dataset: Dataset, name: str) -> Dataset:
         """Examples in any format of TRL, prepared as the training data is, but not packed."""
@@ -174,12 +198,12 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        inputs["use_cache"] = False
+        inputs = dict(inputs, use_cache=False)  # the caller's batch stays as it is
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         with _explaining_truncated_images(self.args.max_length):
             request = self.target_request(inputs)
-            outputs = model(**inputs, qtarget=request, num_items_in_batch=num_items_in_batch)
+            outputs = model(**inputs, qtarget=Sealed(request), num_items_in_batch=num_items_in_batch)
         loss = self._scaled(outputs, num_items_in_batch)
         self._record(outputs, inputs)
         if not return_outputs:
@@ -207,7 +231,7 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         if objective.trust.per_sequence:
             sequences = sequences_of(inputs) if sequences is None else sequences
             check_batch(SEQUENCES_KEY, sequences, inputs["labels"], self.qtarget_config.label)
-        prior, next_tokens = None, NextTokens.of(inputs["labels"])
+        prior, next_tokens = None, NextTokens.of(inputs["labels"], vocabulary_of(base_model_of(self.model)))
         if self._prior is not None:
             prior = self._prior.request({key: value for key, value in inputs.items() if key not in _POLICY_ALONE})
         config = self.qtarget_config
@@ -245,18 +269,23 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         model = self.model_wrapped if self.is_in_train else self.model
         # Without gradients none is computed, and the loss itself is thrown away. In the precision of a training.
         with inference(self.model), self.accelerator.autocast():
-            model(**inputs, qtarget=request)
+            model(**inputs, qtarget=Sealed(request))
         return inputs
 
     def _scaled(self, outputs: QTargetOutput, num_items_in_batch: Tensor | int | None) -> Tensor:
         """The loss as `Trainer` expects it, by TRL's rules for averaging over ranks and accumulation steps."""
-        loss = outputs.loss
-        # `num_items_in_batch` counts the tokens of every rank, and DDP averages the gradients over the ranks.
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+        training, counted = self.model.training, num_items_in_batch is not None
+        # Known to `Trainer` from its first step on: before, a loss is one of one step.
+        steps = getattr(self, "current_gradient_accumulation_steps", 1) if training and counted else 1
+        loss = outputs.tokens.loss
+        if counted and self.args.average_tokens_across_devices:
+            # It counts the tokens of every rank, and DDP averages the gradients over the ranks.
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        # The auxiliary loss is a mean of one micro-batch, so it is averaged over the accumulation steps.
+        # Wrappers wait for a gradient of `outputs.loss`. PEFT's AdaLoRA and others add a term to it, in training only.
+        # It is of one micro-batch, as the auxiliary loss is, so it is averaged over the accumulation steps.
+        if training:
+            loss = loss + outputs.loss.to(loss) / steps
         if self.aux_loss_enabled:
-            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         return loss
 
@@ -265,32 +294,36 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
     def _record(self, outputs: QTargetOutput, inputs: Mapping[str, Any]) -> None:
         mode = "train" if self.model.training else "eval"
         sums = self.accelerator.gather(local_sums(outputs.tokens, inputs)[None]).sum(0)
-        count = sums[0].clamp(min=1)
-        self._metrics[mode]["entropy"].append(sums[2] / count)
-        self._metrics[mode]["mean_token_accuracy"].append(sums[3] / count)
+        aux_loss = None
         if self.aux_loss_enabled:
             aux_loss = self.accelerator.gather(outputs.aux_loss.detach()[None]).mean()
-            self._metrics[mode]["aux_loss"].append(aux_loss)
-        self._totals[mode] = self._totals.get(mode, 0) + sums.double()
+        self._running[mode].add(sums, aux_loss)
         if mode == "train":
             self._new_tokens = self._new_tokens + sums[1].long()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        metrics, totals = self._metrics[mode], self._totals.pop(mode, None)
         self._total_train_tokens += int(self._new_tokens) // self.get_tp_size()
         self._new_tokens = 0
-        for key, values in metrics.items():
-            metrics[key] = [value.item() if isinstance(value, Tensor) else value for value in values]
-        if totals is not None:
-            metrics["num_tokens"] = [self._total_train_tokens]
-            for name, value in target_means(totals.tolist()).items():
-                metrics[name] = [value]
+        means = self._running[mode].take()
+        if means:
+            means["num_tokens"] = self._total_train_tokens
+        self._metrics[mode].update({name: [value] for name, value in means.items()})
         super().log(logs, start_time)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        self._totals.pop("eval", None)  # `predict` adds to them and logs nothing
-        return super().evaluate(*args, **kwargs)
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        if isinstance(eval_dataset, dict):  # TRL would prepare each of them twice
+            results = (
+                self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}")
+                for name, dataset in eval_dataset.items()
+            )
+            return {name: value for result in results for name, value in result.items()}
+        if is_packed(eval_dataset):
+            self._prepared[eval_dataset] = True
+        self._running["eval"].clear()  # `predict` adds to them and logs nothing
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
 
 def _token_columns(config: QTargetConfig, objective: Objective, given: dict[str, Any]) -> TokenColumns:
@@ -321,7 +354,12 @@ def _explaining_truncated_images(max_length: int | None) -> Iterator[None]:
         ) from error
 
 
-def _refuse_what_cannot_work(accelerator: Accelerator) -> None:
+def _refuse_what_cannot_work(accelerator: Accelerator, model: nn.Module) -> None:
+    if is_peft_model(model) and model.active_peft_config.peft_type == "CPT":
+        raise ValueError(
+            "`peft_config` is of CPT, which computes a loss of its own from the logits, in the place of the target: "
+            "use another method of prompt learning."
+        )
     parallelism = accelerator.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(

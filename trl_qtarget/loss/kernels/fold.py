@@ -57,6 +57,7 @@ def fold_kernel(
     prior_stride,
     out_stride,
     FLOOR: tl.constexpr,
+    EMPTY: tl.constexpr,
     HAS_PRIOR: tl.constexpr,
     PRIOR_SUM: tl.constexpr,
     HAS_MIXTURE: tl.constexpr,
@@ -67,7 +68,8 @@ def fold_kernel(
     """One program per row. Every lane folds its own columns; the lanes are joined once, at the end.
 
     `FLOOR` stands for a probability of zero, as in `tile.finite`. All `-inf` become `FLOOR`, and so does what lies
-    beyond the last column; NaN stays what it is: a maximum passes it over, the sums do not.
+    beyond the last column; NaN stays what it is: a maximum passes it over, the sums do not. All of a row is NaN where
+    it is no distribution, having no logit above `FLOOR` (of a mixture: `EMPTY`), or no column for its label.
     """
     row = tl.program_id(0).to(tl.int64)
     policy_row = policy_ptr + row * policy_stride
@@ -76,7 +78,9 @@ def fold_kernel(
     LANES: tl.constexpr = BLOCK // GROUP
     MIXES_PRIOR: tl.constexpr = HAS_PRIOR and B > 0
     offsets = tl.arange(0, GROUP)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    label = tl.load(labels_ptr + row).to(tl.int32)
+    label = tl.load(labels_ptr + row)
+    known = (label >= 0) & (label < vocabulary)
+    label = tl.where(known, label, vocabulary).to(tl.int32)  # so that nothing outside the row is read
     zeros = tl.zeros([LANES], dtype)
 
     z_max, z_sum, z_mean, z_before = zeros + FLOOR, zeros, zeros, zeros + FLOOR
@@ -133,21 +137,23 @@ def fold_kernel(
 
     out = out_ptr + row
     z_top = tl.max(z_max, 0)
+    z_top = tl.where(known & (z_top > FLOOR), z_top, float("nan"))
     z_step = z_top - z_max
     shrink = exp(-z_step)
     total = tl.sum(shrink * z_sum, 0)
-    label_logit = tl.load(policy_row + label)
+    label_logit = tl.load(policy_row + label, mask=known, other=FLOOR)
     label_logit = tl.where(label_logit < FLOOR, FLOOR, label_logit)
     first = is_first(policy_row, label, label_logit, z_top, z_before, offsets, BLOCK, FLOOR)
     tl.store(out + POLICY_MAX * out_stride, z_top)
     tl.store(out + POLICY_LOG_SUM * out_stride, tl.log(total))
     tl.store(out + POLICY_MEAN * out_stride, tl.sum(shrink * (z_mean - z_step * z_sum), 0) / total)
     tl.store(out + LABEL_LOGIT * out_stride, label_logit)
-    tl.store(out + IS_TOP1 * out_stride, first.to(dtype))
+    tl.store(out + IS_TOP1 * out_stride, (first & (total == total)).to(dtype))  # a NaN that is not the label's
     if HAS_PRIOR:
         t_top = tl.max(t_max, 0)
+        t_top = tl.where(known & (t_top > FLOOR), t_top, float("nan"))
         t_step = t_top - t_max
-        label_logit = tl.load(prior_row + label)
+        label_logit = tl.load(prior_row + label, mask=known, other=FLOOR)
         label_logit = tl.where(label_logit < FLOOR, FLOOR, label_logit)
         first = is_first(prior_row, label, label_logit, t_top, t_before, offsets, BLOCK, FLOOR)
         tl.store(out + PRIOR_MAX * out_stride, t_top)
@@ -162,6 +168,7 @@ def fold_kernel(
             m_moved -= B * t_step
             m_prior = m_prior - t_step * m_sum
         m_top = tl.max(m_moved, 0)
+        m_top = tl.where(m_top > EMPTY, m_top, float("nan"))
         shrink = exp(m_moved - m_top)
         total = tl.sum(shrink * m_sum, 0)
         tl.store(out + MIXTURE_LOG_SUM * out_stride, m_top + tl.log(total))

@@ -14,14 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...gemm import Head, has_mixed_gemm
+from ...gemm import Head, mixed_gemm_supported
 from ...target.objective import Objective
-from ...target.tile import Embeddings, Measure, Tile, entropy_of, finite, floor_of, mixed, top_values
+from ...target.tile import SMALLEST_SHARE, Embeddings, Measure, Tile, entropy_of, finite, floor_of, mixed, top_values
 from ...target.token_target import TokenTarget, parts_of
 from . import fold, gradient
 
 
-# The largest share of a mixture that is folded: beyond it, `share · floor` would overflow.
+# The largest share of a mixture that is folded: beyond it, `share · floor` would overflow. Below the smallest one it
+# would be no longer a probability of zero.
 _LARGEST_SHARE = 1024.0
 # Columns of float32 logits that a program works on at a time, and bytes of them per thread: enough loads at once to
 # hide the way from memory, and what a thread keeps still fits its registers.
@@ -189,7 +190,7 @@ def mixture_of(objective: Objective) -> tuple[float, float] | None:
     if len(shares) != 1:
         return None
     (policy, prior) = shares.pop()
-    foldable = all(0 <= share <= _LARGEST_SHARE for share in (policy, prior))
+    foldable = all(share == 0 or SMALLEST_SHARE <= share <= _LARGEST_SHARE for share in (policy, prior))
     return (policy, prior) if foldable else None
 
 
@@ -211,7 +212,7 @@ class FoldingKernel:
         """Where the gradient over `logits[n, V]` goes: into their memory, in the dtype that the products take."""
         # The barrier of an AMD GPU does not wait for what was asked of memory before it, and in the same memory the
         # narrower gradient of one thread overwrites logits of another.
-        if torch.version.hip or not has_mixed_gemm(operands, logits):
+        if torch.version.hip or not mixed_gemm_supported("mm", operands, logits):
             return logits
         return logits.view(operands)[:, : logits.size(1)]
 
@@ -231,6 +232,7 @@ class FoldingKernel:
         folded = logits.new_zeros(fold.ROWS, len(logits))
         prior = logits if prior_logits is None else prior_logits
         policy_share, prior_share = self.shares or (0.0, 0.0)
+        floor = floor_of(logits.dtype)
         if len(logits):
             with torch.cuda.device_of(logits):  # Triton launches on the current device, wherever the tensors are
                 fold.fold_kernel[(len(logits),)](
@@ -242,7 +244,8 @@ class FoldingKernel:
                     logits.stride(0),
                     prior.stride(0),
                     folded.stride(0),
-                    FLOOR=floor_of(logits.dtype),
+                    FLOOR=floor,
+                    EMPTY=floor / 2 * min([share for share in (policy_share, prior_share, 1.0) if share]),
                     HAS_PRIOR=prior_logits is not None,
                     PRIOR_SUM=self.prior_sum,
                     HAS_MIXTURE=self.shares is not None,

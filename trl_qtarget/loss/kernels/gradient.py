@@ -54,7 +54,7 @@ def gradient_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
-    label = tl.load(labels_ptr + row).to(tl.int32)
+    label = tl.load(labels_ptr + row)  # one without a column has a maximum of NaN, and so a gradient of NaN
     folded = folded_ptr + row
     coefficients = coefficients_ptr + row
     z_max = tl.load(folded + POLICY_MAX * folded_stride)

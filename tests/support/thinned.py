@@ -1,0 +1,19 @@
+"""Cases of which `make test` runs some and `make test-slow` the others."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+
+
+def thinned(cases: Iterable[Any], kept: Callable[..., bool]) -> list[Any]:
+    """The cases for `parametrize`; those that `kept` does not take are marked slow. A tuple is one of many values."""
+    given = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=() if kept(*case) else pytest.mark.slow) for case in given]
+
+
+def one_of_each(cases: Iterable[tuple[Any, Any]]) -> set[tuple[Any, Any]]:
+    """Of all pairs of two lists so few that every value of either is in one of them."""
+    firsts, seconds = (list(dict.fromkeys(values)) for values in zip(*cases, strict=True))
+    longest = max(len(firsts), len(seconds))
+    return {(firsts[i % len(firsts)], seconds[i % len(seconds)]) for i in range(longest)}
