@@ -100,7 +100,7 @@ TRUST_FORMULAS = {
     "prior_mass": lambda x, p, *, tau=0.5: _mass_up_to_label(x, tau),
     "collision_power": lambda x, p: p ** (x.log_probs.exp() ** 2).sum(-1),
     "harmonic": lambda x, p, *, lam=0.5: p / (lam + (1 - lam) * p),
-    "focal": lambda x, p, *, alpha=3.0: (1 - p) ** alpha - alpha * p * (1 - p) ** (alpha - 1) * p.log(),
+    "focal_slope": lambda x, p, *, alpha=3.0: (1 - p) ** alpha - alpha * p * (1 - p) ** (alpha - 1) * p.log(),
     "uncertainty": lambda x, p: p * (1 - p),
     "relative_rank": lambda x, p: _rank_weight(x, p),
     "margin": lambda x, p, *, beta=1.5, tau=0.8: torch.exp(-((_margin(x) - beta) ** 2) / (2 * tau**2)),

@@ -18,7 +18,7 @@ CONFIG_NAME = "qtarget_config.json"
 PRIORS = ("auto", "policy", "base", "start", "model", "lagged")
 KERNELS = ("auto", "torch", "triton")
 
-_NAMES = ("method", "trust", "residual")
+_NAMES = ("method", "trust", "residual", "scale")
 # What torch can take: sizes and indices of 64 bits, and knobs that are multiplied in float32.
 _LARGEST_SIZE = 2**63 - 1
 _LARGEST_NUMBER = 3.4e38
@@ -172,8 +172,6 @@ class QTargetConfig:
                         f"`{name}` is fixed by `method={self.method!r}`: remove it, or set `method=None` for a free "
                         "combination."
                     )
-        if self.method is None and self.scale is not None and not isinstance(self.scale, str):
-            raise ValueError(f"`scale={self.scale!r}` must be a formula, e.g. `scale='1 + lam'`, or None for 1.")
         _ = self.designs  # raises for a name or a formula that is none
 
     def _check_knobs(self) -> None:

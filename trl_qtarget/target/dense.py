@@ -38,34 +38,34 @@ def _to_statistics_dtype(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _log_probs(logits: Tensor) -> Tensor:
-    return torch.log_softmax(_to_statistics_dtype(logits), dim=-1)
-
-
 class _ValueWithGradient(torch.autograd.Function):
-    """The numbers `value[n]`, with the derivatives of `(weights * log_probs).sum(-1)` for constant `weights[n, V]`.
+    """The numbers `value[n]`, with the derivatives of `-(s · Q · log_softmax(logits)).sum(-1)` for constant s and Q.
 
-    Not written as `value + x - x.detach()`: x is all but infinite where the target has mass on a masked token.
+    The first one is given, as `gradient[n, V] = s (p - Q)`: made of whole distributions here, with a Q that has much of
+    the policy, it would be a small difference of large numbers.
     """
 
     @staticmethod
-    def forward(log_probs: Tensor, weights: Tensor, value: Tensor) -> Tensor:
+    def forward(logits: Tensor, gradient: Tensor, scale: Tensor, value: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
+    def setup_context(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
         ctx.save_for_forward(inputs[1])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (weights,) = ctx.saved_tensors
-        return grad[:, None] * weights, None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, gradient, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody asks for the second derivative, which is that of s p
+            probs = torch.softmax(logits, dim=-1)
+            gradient = gradient + scale[:, None] * (probs - probs.detach())
+        return grad[:, None] * gradient, None, None, None
 
     @staticmethod
     def jvp(ctx, tangent: Tensor, *of_constants: Tensor | None) -> Tensor:
-        (weights,) = ctx.saved_tensors
-        return torch.linalg.vecdot(weights, tangent)
+        (gradient,) = ctx.saved_tensors
+        return torch.linalg.vecdot(gradient, tangent)
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def _token_target(
     def rows(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[scored]
 
-    log_probs = finite(_log_probs(logits[scored]))
+    log_probs = finite(torch.log_softmax(_to_statistics_dtype(logits[scored]), dim=-1))
     tile = Tile(
         log_probs=log_probs,
         labels=labels[scored],
@@ -186,14 +186,13 @@ def qtarget_loss(
     objective, target, scored = _token_target(
         logits, labels, config, prior_logits, token_weights, sequence_ids, embeddings, ignore_index, progress
     )
-    log_probs = _log_probs(logits[scored])
+    scored_logits = _to_statistics_dtype(logits[scored])
     with torch.no_grad():
-        probs, value = target.probs(), objective.value(target)
-        weights = -target.scale[:, None] * probs
+        gradient, value = target.logits_gradient(), objective.value(target)
     # The gradient is that of the cross-entropy to the detached target; the value is the publication's.
-    losses = _ValueWithGradient.apply(log_probs, weights, value)
+    losses = _ValueWithGradient.apply(scored_logits, gradient, target.scale, value)
     # `masked_scatter` keeps the graph connected where no token is scored.
-    per_token = log_probs.new_zeros(len(labels)).masked_scatter(scored, losses)
+    per_token = losses.new_zeros(len(labels)).masked_scatter(scored, losses)
     if reduction == "none":
         return per_token
     total = per_token.sum()

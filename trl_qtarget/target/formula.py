@@ -65,6 +65,11 @@ def _power(base: Tensor, exponent: Tensor) -> Tensor:
     return torch.where(exponent < 0, _nonzero(base), base) ** exponent
 
 
+def _kept_nan(result: Tensor, *operands: Tensor) -> Tensor:
+    """NaN where an operand is: what is not known is neither true nor false."""
+    return reduce(lambda kept, operand: torch.where(operand.isnan(), operand, kept), operands, result)
+
+
 _OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -90,7 +95,7 @@ _FUNCTIONS = {
     "abs": (1, 1, torch.abs),
     "sigmoid": (1, 1, torch.sigmoid),
     "clip": (3, 3, lambda value, low, high: torch.minimum(torch.maximum(value, low), high)),
-    "where": (3, 3, lambda condition, yes, no: torch.where(condition != 0, yes, no)),
+    "where": (3, 3, lambda condition, *values: _kept_nan(torch.where(condition != 0, *values), condition)),
 }
 KNOWN = (*VARIABLES, *KNOBS, *_FUNCTIONS)
 
@@ -257,7 +262,7 @@ class Formula:
         def compare(scope: _Scope) -> Tensor:
             found = [value(scope) for value in values]
             held = [function(*pair) for function, *pair in zip(functions, found, found[1:], strict=False)]
-            return reduce(operator.and_, held).to(found[0].dtype)
+            return _kept_nan(reduce(operator.and_, held).to(found[0].dtype), *found)
 
         return compare
 

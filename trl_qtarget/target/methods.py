@@ -245,7 +245,7 @@ METHODS = MappingProxyType(
         ),
         "tofu": Method(
             group="signed",
-            trust="focal",
+            trust="focal_slope",
             residual="sharpened",
             knobs={"alpha": 3.0, "beta": 0.8},
             value=tempered_label_loss,

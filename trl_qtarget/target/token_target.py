@@ -96,3 +96,11 @@ class TokenTarget:
             if constant or factor
         ]
         return terms, -self.scale * self.trust
+
+    def logits_gradient(self) -> Tensor:
+        """`s (p - Q)` over the logits `[n, V]`, a new tensor."""
+        terms, of_label = self.gradient()
+        gradient = torch.zeros_like(self.tile.log_probs)
+        for measure, coefficient in terms:
+            gradient.addcmul_(measure.probs, coefficient[:, None])
+        return gradient.scatter_add_(1, self.tile.labels[:, None], of_label[:, None])

@@ -153,7 +153,8 @@ def prior_probability(tile: Tile) -> Tensor:
 @register_trust("prior_mass", uses_prior=True)
 def prior_mass(tile: Tile, *, tau: Unit = 0.5) -> Tensor:
     """γ = 1 if the prior gives the label and all that it finds less probable at least tau, else 0."""
-    return (tile.prior_mass_below + tile.prior_label_log_probs.exp() >= tau).to(tile.label_log_probs.dtype)
+    mass = tile.prior_mass_below + tile.prior_label_log_probs.exp()
+    return torch.where(mass < tau, 0.0, torch.where(mass.isnan(), mass, 1.0))  # NaN of a prior that is none stays NaN
 
 
 @register_trust("collision_power")
@@ -169,8 +170,8 @@ def harmonic(tile: Tile, *, lam: Unit = 0.5) -> Tensor:
     return torch.where(denominator > 0, tile.label_probs / denominator, 1.0)  # lam = 0: 1, also where p_y underflowed
 
 
-@register_trust("focal")
-def focal(tile: Tile, *, alpha: NonNegative = 3.0) -> Tensor:
+@register_trust("focal_slope")
+def focal_slope(tile: Tile, *, alpha: NonNegative = 3.0) -> Tensor:
     """γ = (1 - p_y)^alpha - alpha p_y (1 - p_y)^(alpha - 1) log p_y: the slope of the focal loss."""
     rest = -torch.expm1(tile.label_log_probs)
     # -log p_y/(1 - p_y), which tends to 1 with p_y.
@@ -232,7 +233,7 @@ def ratio_anchor(tile: Tile, *, lam: NonNegative = 0.05) -> Tensor:
     """γ = p_y + lam (r/p_y - 1), r = π_prior(y): dft and the k3 estimate of a KL, read from the label alone."""
     log_ratio = tile.prior_label_log_probs - tile.label_log_probs
     # Where the estimator's clamp of the log-ratio acts, its gradient is zero.
-    return tile.label_probs + lam * torch.where(log_ratio.abs() <= 10, torch.expm1(log_ratio), 0.0)
+    return tile.label_probs + lam * torch.where(log_ratio.abs() > 10, 0.0, torch.expm1(log_ratio))
 
 
 @register_trust("shifted_probability")
