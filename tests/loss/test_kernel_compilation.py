@@ -140,6 +140,9 @@ def assert_good(kernels: list[dict]) -> None:
 REPRESENTATIVE = [
     {"method": "target_sft"},
     {"method": "gem", "softcap": 30.0},
+    # All that a design may ask for, at once.
+    {"method": None, "trust": "rank * margin * collision * r", "residual": "guided"},
+    {"method": "prift_mass"},
     {"method": "target_sft", "vocabulary": "ragged", "out": "float32", "softcap": 30.0},
 ]
 

@@ -41,8 +41,8 @@ def _to_statistics_dtype(logits: Tensor) -> Tensor:
 class _ValueWithGradient(torch.autograd.Function):
     """The numbers `value[n]`, with the derivatives of `-(s · Q · log_softmax(logits)).sum(-1)` for constant s and Q.
 
-    The first one is given, as `gradient[n, V] = s (p - Q)`: made of whole distributions here, with a Q that has much of
-    the policy, it would be a small difference of large numbers.
+    The first one is given, as `gradient[n, V] = s (p - Q)`: made here of p and Q, which has much of the policy, it
+    would be a small difference of large numbers.
     """
 
     @staticmethod
@@ -101,13 +101,15 @@ def _token_target(
     def rows(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[scored]
 
-    log_probs = finite(torch.log_softmax(_to_statistics_dtype(logits[scored]), dim=-1))
+    scored_logits = _to_statistics_dtype(logits[scored])
+    log_probs = finite(torch.log_softmax(scored_logits, dim=-1))
     tile = Tile(
         log_probs=log_probs,
         labels=labels[scored],
         prior_logits=finite(prior_logits[scored].to(log_probs.dtype)) if objective.uses_prior else None,
         token_weights=rows(token_weights),
         output_embeddings=None if embeddings is None else Embeddings(embeddings, labels[scored]),
+        logits=finite(scored_logits),
     )
     trust = None
     if objective.trust.per_sequence:

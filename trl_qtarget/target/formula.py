@@ -18,7 +18,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from .registry import KNOBS
+from .registry import KNOBS, STATISTICS
 from .tile import Tile
 
 
@@ -161,6 +161,11 @@ class Formula:
     def uses_token_weights(self) -> bool:
         """Whether it reads the dataset's weights."""
         return any(VARIABLES[name].uses_token_weights for name in self.names)
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Statistics of a tile that it reads."""
+        return tuple(name for name in self.names if name in STATISTICS)
 
     def _wrong(self, reason: str) -> ValueError:
         shown = self.text if len(self.text) <= 80 else f"{self.text[:80]}..."

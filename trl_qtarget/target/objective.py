@@ -60,6 +60,11 @@ class Objective:
         return not self.prior_is_policy and any(design.uses_prior for design in self.designs)
 
     @property
+    def statistics(self) -> frozenset[str]:
+        """Statistics of a tile that trust and scale ask for beside those of every target."""
+        return frozenset(self.trust.statistics) | frozenset(self.scale.statistics)
+
+    @property
     def designs(self) -> "Designs":
         """Trust, residual and scale."""
         return Designs(self.trust, self.residual, self.scale)
@@ -114,7 +119,13 @@ def designs_of(method: Method | None, trust: str | None, residual: str | None, s
 def formula_design(argument: str, text: str) -> Design:
     """The design that a formula is; `argument` is what messages call it."""
     formula = Formula(text, argument)
-    return Design(text, formula, uses_prior=formula.uses_prior, uses_token_weights=formula.uses_token_weights)
+    return Design(
+        text,
+        formula,
+        uses_prior=formula.uses_prior,
+        uses_token_weights=formula.uses_token_weights,
+        statistics=formula.statistics,
+    )
 
 
 def knobs_of(method: Method | None, designs: Designs) -> dict[str, Knob]:

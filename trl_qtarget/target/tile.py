@@ -107,6 +107,25 @@ def entropy_of(logits: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
+# Of logits and not of their log-softmax, which is rounded anew: tokens that differ there may be equal here.
+
+
+def rank_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many of every row of `logits[n, V]` are at least the label's, `[n]`, in the dtype of the logits."""
+    return (logits >= logits.gather(1, labels[:, None])).sum(-1).to(logits.dtype)
+
+
+def margin_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """By how much the label's of finite `logits[n, V]` exceeds the largest other one, `[n]`."""
+    others = logits.scatter(1, labels[:, None], floor_of(logits.dtype))
+    return logits.gather(1, labels[:, None]).squeeze(1) - others.amax(-1)
+
+
+def mass_below(logits: Tensor, log_probs: Tensor, labels: Tensor) -> Tensor:
+    """Probability `[n]` of the tokens whose `logits[n, V]` are below the label's."""
+    return torch.where(logits < logits.gather(1, labels[:, None]), log_probs.exp(), 0.0).sum(-1)
+
+
 def without(log_probs: Tensor, labels: Tensor) -> Tensor:
     """Log-probabilities `[n, V]` of a distribution without the label, renormalised among the other tokens."""
     floor = floor_of(log_probs.dtype)
@@ -231,6 +250,7 @@ class Tile:
         progress: share of the training that is done, from 0 to 1.
         output_embeddings: the output embeddings, or None; `embeddings` is their matrix.
         reuse_buffers: whether `prior_logits` may be overwritten by its own log-softmax.
+        logits: `[n, V]`, finite logits of the policy, for what is compared exactly; without them `log_probs`.
     """
 
     log_probs: Tensor
@@ -240,10 +260,13 @@ class Tile:
     output_embeddings: Embeddings | None = None
     reuse_buffers: bool = field(default=False, repr=False)
     progress: float = 1.0
+    logits: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self):
         if self.prior_logits is None:
             self.prior_logits = self.log_probs
+        if self.logits is None:
+            self.logits = self.log_probs
 
     def measure(self, log_probs: Tensor) -> Measure:
         """The distribution with these `log_probs[n, V]`."""
@@ -320,13 +343,12 @@ class Tile:
     @cached_property
     def rank(self) -> Tensor:
         """`[n]`, how many tokens are at least as probable as the label, itself included (arXiv 2602.01745)."""
-        return (self.log_probs >= self.label_log_probs[:, None]).sum(-1).to(self.log_probs.dtype)
+        return rank_of(self.logits, self.labels)
 
     @cached_property
     def margin(self) -> Tensor:
         """`[n]`, by how much the label's logit exceeds that of the best other token; large for one token alone."""
-        others = self.log_probs.scatter(1, self.labels[:, None], floor_of(self.log_probs.dtype))
-        return self.label_log_probs - others.amax(-1)
+        return margin_of(self.logits, self.labels)
 
     @cached_property
     def collision(self) -> Tensor:
@@ -341,8 +363,7 @@ class Tile:
     @cached_property
     def prior_mass_below(self) -> Tensor:
         """`[n]`, Σ_v π_prior(v) over the tokens that the prior finds less probable than the label."""
-        below = self.prior_log_probs < self.prior_label_log_probs[:, None]
-        return torch.where(below, self.prior_log_probs.exp(), 0.0).sum(-1)
+        return mass_below(self.prior_logits, self.prior_log_probs, self.labels)
 
     def top_k_entropy(self, k: int) -> Tensor:
         """`[n]`, entropy of the `k` most probable tokens, renormalised among themselves, divided by `ln k`.

@@ -15,7 +15,7 @@ from .registry import AtLeastTwo, MoreThanHalf, NonNegative, Positive, PositiveU
 from .tile import LabelStatistics, Tile, power_of
 
 
-TRUSTS = Shelf("trust", ("uses_prior", "per_sequence", "uses_token_weights"))
+TRUSTS = Shelf("trust", ("uses_prior", "per_sequence", "uses_token_weights", "statistics"))
 
 
 def register_trust(name: str, function: Callable | None = None, **properties: Any) -> Callable:
@@ -33,6 +33,8 @@ def register_trust(name: str, function: Callable | None = None, **properties: An
             [`LabelStatistics`][trl_qtarget.LabelStatistics] of the whole batch instead of a tile, and the fused
             loss takes one extra pass over the logits.
         uses_token_weights: whether the function reads the dataset's per-token weights.
+        statistics: which of `rank`, `margin`, `collision` and `prior_mass_below` the function reads of its tile, a
+            tuple. One that is not named here may be read all the same, but takes longer and more memory on a GPU.
 
     Returns:
         The function, or a decorator.
@@ -150,14 +152,14 @@ def prior_probability(tile: Tile) -> Tensor:
     return tile.prior_label_log_probs.exp()
 
 
-@register_trust("prior_mass", uses_prior=True)
+@register_trust("prior_mass", uses_prior=True, statistics=("prior_mass_below",))
 def prior_mass(tile: Tile, *, tau: Unit = 0.5) -> Tensor:
     """γ = 1 if the prior gives the label and all that it finds less probable at least tau, else 0."""
     mass = tile.prior_mass_below + tile.prior_label_log_probs.exp()
     return torch.where(mass < tau, 0.0, torch.where(mass.isnan(), mass, 1.0))  # NaN of a prior that is none stays NaN
 
 
-@register_trust("collision_power")
+@register_trust("collision_power", statistics=("collision",))
 def collision_power(tile: Tile) -> Tensor:
     """γ = p_y^c, c = Σ_v p_v²: dft where the policy is sure, sft where it is not."""
     return (tile.collision * tile.label_log_probs).exp()
@@ -185,7 +187,7 @@ def uncertainty(tile: Tile) -> Tensor:
     return tile.label_probs * -torch.expm1(tile.label_log_probs)
 
 
-@register_trust("relative_rank")
+@register_trust("relative_rank", statistics=("rank",))
 def relative_rank(tile: Tile) -> Tensor:
     """γ = p_y (p_y E)^-K, E the rank to be expected at this entropy, K = 1/log2(1 + max(E, rank))²."""
     bits = tile.policy.entropy / math.log(2)
@@ -194,7 +196,7 @@ def relative_rank(tile: Tile) -> Tensor:
     return tile.label_probs * (tile.label_probs * expected).clamp(min=1e-6) ** -power
 
 
-@register_trust("margin")
+@register_trust("margin", statistics=("margin",))
 def margin(tile: Tile, *, beta: NonNegative = 1.5, tau: Positive = 0.8) -> Tensor:
     """γ = exp(-(Δ - beta)²/(2 tau²)), Δ the label's logit minus the best other one."""
     return torch.exp(-(((tile.margin - beta) / tau) ** 2) / 2)

@@ -7,7 +7,7 @@ a user's own may, asks for such a tensor.
 
 import math
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,7 +16,20 @@ from torch import Tensor
 
 from ...gemm import Head, mixed_gemm_supported
 from ...target.objective import Objective
-from ...target.tile import SMALLEST_SHARE, Embeddings, Measure, Tile, entropy_of, finite, floor_of, mixed, top_values
+from ...target.tile import (
+    SMALLEST_SHARE,
+    Embeddings,
+    Measure,
+    Tile,
+    entropy_of,
+    finite,
+    floor_of,
+    margin_of,
+    mass_below,
+    mixed,
+    rank_of,
+    top_values,
+)
 from ...target.token_target import TokenTarget, parts_of
 from . import fold, gradient
 
@@ -27,6 +40,13 @@ _LARGEST_SHARE = 1024.0
 # Columns of float32 logits that a program works on at a time, and bytes of them per thread: enough loads at once to
 # hide the way from memory, and what a thread keeps still fits its registers.
 _BLOCK, _BYTES_PER_THREAD = 4096, 64
+
+
+class Asked(NamedTuple):
+    """What is folded beside what every target needs: the prior's sum, and statistics of a tile by name."""
+
+    prior_sum: bool
+    statistics: frozenset[str]
 
 
 class FoldedMeasure(Measure):
@@ -98,10 +118,11 @@ class FoldedTile(Tile):
         embeddings: Embeddings,
         folded: Tensor,
         shares: tuple[float, float] | None,
+        asked: Asked,
     ):
         self.logits, self.labels, self.given_prior = logits, labels, prior_logits
         self.token_weights, self.output_embeddings = token_weights, embeddings
-        self.folded, self.shares = folded, shares
+        self.folded, self.shares, self.asked = folded, shares, asked
         self.reuse_buffers = False
 
     def row(self, which: tl.constexpr) -> Tensor:
@@ -142,6 +163,8 @@ class FoldedTile(Tile):
     def prior_label_log_probs(self) -> Tensor:
         if self.given_prior is None:
             return self.label_log_probs
+        if not self.asked.prior_sum:
+            return self.prior_log_probs.gather(1, self.labels[:, None]).squeeze(1)
         row = self.row
         return row(fold.PRIOR_LABEL_LOGIT) - row(fold.PRIOR_MAX) - row(fold.PRIOR_LOG_SUM)
 
@@ -152,6 +175,32 @@ class FoldedTile(Tile):
     @property
     def prior_is_top1(self) -> Tensor:
         return self.row(fold.IS_TOP1 if self.given_prior is None else fold.PRIOR_IS_TOP1)
+
+    @cached_property
+    def rank(self) -> Tensor:
+        return self.row(fold.RANK) if "rank" in self.asked.statistics else rank_of(self.logits, self.labels)
+
+    @cached_property
+    def margin(self) -> Tensor:
+        if "margin" in self.asked.statistics:
+            return self.row(fold.LABEL_LOGIT) - self.row(fold.RIVAL)
+        return margin_of(finite(self.logits), self.labels)
+
+    @cached_property
+    def collision(self) -> Tensor:
+        if "collision" in self.asked.statistics:
+            return self.row(fold.COLLISION)
+        return torch.linalg.vecdot(self.probs, self.probs)
+
+    @property
+    def largest_prob(self) -> Tensor:
+        return (-self.row(fold.POLICY_LOG_SUM)).exp()
+
+    @cached_property
+    def prior_mass_below(self) -> Tensor:
+        if "prior_mass_below" in self.asked.statistics and self.given_prior is not None:
+            return self.row(fold.PRIOR_BELOW)
+        return mass_below(self.prior_logits, self.prior_log_probs, self.labels)
 
     def top_k_entropy(self, k: int) -> Tensor:
         k = min(k, self.logits.size(-1))
@@ -202,7 +251,7 @@ class FoldingKernel:
     def __init__(self, objective: Objective):
         self.shares = mixture_of(objective)
         # A trust that reads the prior reads its log-probability of the label.
-        self.prior_sum = objective.trust.uses_prior or objective.scale.uses_prior
+        self.asked = Asked(objective.trust.uses_prior or objective.scale.uses_prior, objective.statistics)
 
     def block_tokens(self, vocabulary: int, device: torch.device) -> int:
         """Any number of tokens: nothing of the vocabulary's size is made between the passes."""
@@ -247,13 +296,17 @@ class FoldingKernel:
                     FLOOR=floor,
                     EMPTY=floor / 2 * min([share for share in (policy_share, prior_share, 1.0) if share]),
                     HAS_PRIOR=prior_logits is not None,
-                    PRIOR_SUM=self.prior_sum,
+                    PRIOR_SUM=self.asked.prior_sum,
                     HAS_MIXTURE=self.shares is not None,
                     A=policy_share,
                     B=prior_share,
+                    HAS_RANK="rank" in self.asked.statistics,
+                    HAS_RIVAL="margin" in self.asked.statistics,
+                    HAS_COLLISION="collision" in self.asked.statistics,
+                    HAS_PRIOR_BELOW="prior_mass_below" in self.asked.statistics and prior_logits is not None,
                     **_launch(logits),
                 )
-        return FoldedTile(logits, labels, prior_logits, token_weights, embeddings, folded, self.shares)
+        return FoldedTile(logits, labels, prior_logits, token_weights, embeddings, folded, self.shares, self.asked)
 
     def write_gradient(self, out: Tensor, target: TokenTarget, factor: Tensor, slope: tuple[float, float]) -> None:
         """`out[n, V] = factor · s (p - Q) · slope`, where `out` may be the memory of the policy's logits."""

@@ -23,7 +23,9 @@ class PlainKernel:
     name = "torch"
 
     def __init__(self, objective: Objective):
-        pass
+        # Ranks and margins are of logits, which are then not overwritten.
+        self.keeps_logits = not objective.statistics.isdisjoint({"rank", "margin"})
+        self.keeps_prior = "prior_mass_below" in objective.statistics
 
     def block_tokens(self, vocabulary: int, device: torch.device) -> int:
         """Tokens of a block."""
@@ -45,14 +47,16 @@ class PlainKernel:
         token_weights: Tensor | None,
         embeddings: Embeddings,
     ) -> Tile:
-        """The tile of a block of `logits[n, V]`, over which its log-probabilities are written."""
+        """The tile of a block of `logits[n, V]`, which its log-probabilities overwrite unless a design reads both."""
+        log_probs = torch.log_softmax(logits, dim=-1, out=None if self.keeps_logits else logits)
         return Tile(
-            log_probs=finite(torch.log_softmax(logits, dim=-1, out=logits), in_place=True),
+            log_probs=finite(log_probs, in_place=True),
             labels=labels,
             prior_logits=None if prior_logits is None else finite(prior_logits, in_place=True),
             token_weights=token_weights,
             output_embeddings=embeddings,
-            reuse_buffers=True,
+            reuse_buffers=not self.keeps_prior,
+            logits=finite(logits, in_place=True) if self.keeps_logits else None,
         )
 
     def write_gradient(self, out: Tensor, target: TokenTarget, factor: Tensor, slope: Tensor | float) -> None:
