@@ -45,7 +45,7 @@ class LinearQTargetOutput:
         nll: plain negative log-likelihood of the label, in nats.
         trust: γ.
         label_mass: Q(y), the probability that the target puts on the label.
-        kl: KL(Q‖p) in nats; NaN where Q has negative entries.
+        kl: KL(Q‖p) in nats; NaN where Q has negative entries, or more parts than one residual (`gem`, `mask_target`).
         entropy: entropy of the policy, in nats.
         is_top1: 1 where the label is the most probable token; among equals the first one is, as TRL counts.
         prior_is_top1: the same of the prior; NaN without one.

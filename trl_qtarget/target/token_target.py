@@ -62,7 +62,7 @@ class TokenTarget:
 
     @cached_property
     def kl(self) -> Tensor:
-        """KL(Q‖p) in nats; NaN where Q has negative entries, as in `gem` or for γ > 1."""
+        """KL(Q‖p) in nats; NaN where Q has negative entries, as for γ > 1, or more parts than π̃, as in `gem`."""
         residual = self.residual
         if residual is None:
             return torch.full_like(self.trust, math.nan)
@@ -73,7 +73,7 @@ class TokenTarget:
             - rest * (residual.entropy + torch.xlogy(label_residual, label_residual))
         )
         cross_entropy = self.trust * self.nll + rest * residual.cross_entropy
-        return torch.where((rest >= 0) & (rest <= 1), negative_entropy + cross_entropy, math.nan)
+        return torch.where((rest >= 0) & (self.label_mass >= 0), negative_entropy + cross_entropy, math.nan)
 
     def probs(self) -> Tensor:
         """Q `[n, V]`, a new tensor."""
