@@ -109,7 +109,7 @@ def _token_target(
         prior_logits=finite(prior_logits[scored].to(log_probs.dtype)) if objective.uses_prior else None,
         token_weights=rows(token_weights),
         output_embeddings=None if embeddings is None else Embeddings(embeddings, labels[scored]),
-        logits=finite(scored_logits),
+        logits=scored_logits,
     )
     trust = None
     if objective.trust.per_sequence:

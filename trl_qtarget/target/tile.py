@@ -116,14 +116,15 @@ def rank_of(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def margin_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """By how much the label's of finite `logits[n, V]` exceeds the largest other one, `[n]`."""
+    """By how much the label's of `logits[n, V]` exceeds the largest other one, `[n]`."""
     others = logits.scatter(1, labels[:, None], floor_of(logits.dtype))
     return logits.gather(1, labels[:, None]).squeeze(1) - others.amax(-1)
 
 
-def mass_below(logits: Tensor, log_probs: Tensor, labels: Tensor) -> Tensor:
-    """Probability `[n]` of the tokens whose `logits[n, V]` are below the label's."""
-    return torch.where(logits < logits.gather(1, labels[:, None]), log_probs.exp(), 0.0).sum(-1)
+def odds_below(logits: Tensor, labels: Tensor) -> Tensor:
+    """Probability `[n]` of the tokens whose finite `logits[n, V]` are below the label's, divided by the label's."""
+    behind = logits.gather(1, labels[:, None]) - logits
+    return F.threshold_(behind, 0.0, math.inf).neg_().exp_().sum(-1)  # one tensor of that size, and no mask beside it
 
 
 def without(log_probs: Tensor, labels: Tensor) -> Tensor:
@@ -250,7 +251,7 @@ class Tile:
         progress: share of the training that is done, from 0 to 1.
         output_embeddings: the output embeddings, or None; `embeddings` is their matrix.
         reuse_buffers: whether `prior_logits` may be overwritten by its own log-softmax.
-        logits: `[n, V]`, finite logits of the policy, for what is compared exactly; without them `log_probs`.
+        logits: `[n, V]`, logits of the policy, for what is compared exactly; without them `log_probs`.
     """
 
     log_probs: Tensor
@@ -363,7 +364,8 @@ class Tile:
     @cached_property
     def prior_mass_below(self) -> Tensor:
         """`[n]`, Σ_v π_prior(v) over the tokens that the prior finds less probable than the label."""
-        return mass_below(self.prior_logits, self.prior_log_probs, self.labels)
+        odds = odds_below(self.prior_logits, self.labels)
+        return odds * self.prior_label_log_probs.exp()
 
     def top_k_entropy(self, k: int) -> Tensor:
         """`[n]`, entropy of the `k` most probable tokens, renormalised among themselves, divided by `ln k`.

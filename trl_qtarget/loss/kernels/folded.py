@@ -24,10 +24,7 @@ from ...target.tile import (
     entropy_of,
     finite,
     floor_of,
-    margin_of,
-    mass_below,
     mixed,
-    rank_of,
     top_values,
 )
 from ...target.token_target import TokenTarget, parts_of
@@ -178,19 +175,17 @@ class FoldedTile(Tile):
 
     @cached_property
     def rank(self) -> Tensor:
-        return self.row(fold.RANK) if "rank" in self.asked.statistics else rank_of(self.logits, self.labels)
+        return self.row(fold.RANK) if "rank" in self.asked.statistics else super().rank
 
     @cached_property
     def margin(self) -> Tensor:
         if "margin" in self.asked.statistics:
             return self.row(fold.LABEL_LOGIT) - self.row(fold.RIVAL)
-        return margin_of(finite(self.logits), self.labels)
+        return super().margin
 
     @cached_property
     def collision(self) -> Tensor:
-        if "collision" in self.asked.statistics:
-            return self.row(fold.COLLISION)
-        return torch.linalg.vecdot(self.probs, self.probs)
+        return self.row(fold.COLLISION) if "collision" in self.asked.statistics else super().collision
 
     @property
     def largest_prob(self) -> Tensor:
@@ -200,7 +195,7 @@ class FoldedTile(Tile):
     def prior_mass_below(self) -> Tensor:
         if "prior_mass_below" in self.asked.statistics and self.given_prior is not None:
             return self.row(fold.PRIOR_BELOW)
-        return mass_below(self.prior_logits, self.prior_log_probs, self.labels)
+        return super().prior_mass_below
 
     def top_k_entropy(self, k: int) -> Tensor:
         k = min(k, self.logits.size(-1))
@@ -250,6 +245,7 @@ class FoldingKernel:
 
     def __init__(self, objective: Objective):
         self.shares = mixture_of(objective)
+        self.looks_up = self.shares is None and objective.residual.name != "policy"
         # A trust that reads the prior reads its log-probability of the label.
         self.asked = Asked(objective.trust.uses_prior or objective.scale.uses_prior, objective.statistics)
 
@@ -306,7 +302,9 @@ class FoldingKernel:
                     HAS_PRIOR_BELOW="prior_mass_below" in self.asked.statistics and prior_logits is not None,
                     **_launch(logits),
                 )
-        return FoldedTile(logits, labels, prior_logits, token_weights, embeddings, folded, self.shares, self.asked)
+        # What is not folded looks for the label's column; a row of another label is NaN from its maximum on.
+        inside = labels.clamp(0, logits.size(1) - 1) if self.looks_up else labels
+        return FoldedTile(logits, inside, prior_logits, token_weights, embeddings, folded, self.shares, self.asked)
 
     def write_gradient(self, out: Tensor, target: TokenTarget, factor: Tensor, slope: tuple[float, float]) -> None:
         """`out[n, V] = factor · s (p - Q) · slope`, where `out` may be the memory of the policy's logits."""

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ...gemm import Head
 from ...target.objective import Objective
-from ...target.tile import Embeddings, Tile, finite
+from ...target.tile import Embeddings, Tile, finite, margin_of, odds_below, rank_of
 from ...target.token_target import TokenTarget
 
 
@@ -23,9 +23,7 @@ class PlainKernel:
     name = "torch"
 
     def __init__(self, objective: Objective):
-        # Ranks and margins are of logits, which are then not overwritten.
-        self.keeps_logits = not objective.statistics.isdisjoint({"rank", "margin"})
-        self.keeps_prior = "prior_mass_below" in objective.statistics
+        self.statistics = objective.statistics
 
     def block_tokens(self, vocabulary: int, device: torch.device) -> int:
         """Tokens of a block."""
@@ -47,17 +45,27 @@ class PlainKernel:
         token_weights: Tensor | None,
         embeddings: Embeddings,
     ) -> Tile:
-        """The tile of a block of `logits[n, V]`, which its log-probabilities overwrite unless a design reads both."""
-        log_probs = torch.log_softmax(logits, dim=-1, out=None if self.keeps_logits else logits)
-        return Tile(
-            log_probs=finite(log_probs, in_place=True),
+        """The tile of a block of `logits[n, V]`, over which its log-probabilities are written."""
+        # What compares logits does it before.
+        compared = {}
+        if "rank" in self.statistics:
+            compared["rank"] = rank_of(logits, labels)
+        if "margin" in self.statistics:
+            compared["margin"] = margin_of(logits, labels)
+        below = "prior_mass_below" in self.statistics and prior_logits is not None
+        odds = odds_below(finite(prior_logits, in_place=True), labels) if below else None
+        tile = Tile(
+            log_probs=finite(torch.log_softmax(logits, dim=-1, out=logits), in_place=True),
             labels=labels,
             prior_logits=None if prior_logits is None else finite(prior_logits, in_place=True),
             token_weights=token_weights,
             output_embeddings=embeddings,
-            reuse_buffers=not self.keeps_prior,
-            logits=finite(logits, in_place=True) if self.keeps_logits else None,
+            reuse_buffers=True,
         )
+        if below:
+            compared["prior_mass_below"] = odds * tile.prior_label_log_probs.exp()
+        vars(tile).update(compared)  # as if they had been asked for already
+        return tile
 
     def write_gradient(self, out: Tensor, target: TokenTarget, factor: Tensor, slope: Tensor | float) -> None:
         """`out[n, V] = factor · s (p - Q) · slope`, over the log-probabilities of the policy."""
