@@ -33,6 +33,10 @@ class ModelPrior(Prior):
         reshard(self.causal_model)
         return PriorStates(hidden, partial(head_of, self.causal_model))
 
+    def fixed_parameters(self) -> dict[str, nn.Parameter]:
+        reshard(self.causal_model)
+        return dict(self.causal_model.named_parameters())
+
 
 def load_reference(
     path: str, policy: PreTrainedModel, args: SFTConfig, accelerator: Accelerator, same_model: bool = False

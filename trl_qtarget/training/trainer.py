@@ -48,7 +48,7 @@ from .data import (
     prepare_with_columns,
     sequences_of,
 )
-from .metrics import RunningMeans, local_sums
+from .metrics import RunningMeans, judge_by_nll, local_sums
 from .resolve import resolve_config
 from .saving import CheckpointMixin
 
@@ -113,6 +113,11 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         # The loss is this package's and takes `num_items_in_batch`, whatever the model's class says of its own.
         self.model_accepts_loss_kwargs = True
         _refuse_what_cannot_work(self.accelerator, self.model)
+        if judge_by_nll(self.args, self.eval_dataset):
+            logger.info(
+                "The best checkpoint is the one with the lowest `eval_target/nll`; "
+                "`metric_for_best_model='eval_loss'` would take the objective's own value."
+            )
         check_kernel(self.qtarget_config.kernel, self.accelerator.device)
         # A subclass of TRL's collators is the user's own, and left alone.
         if self._token_columns and type(self.data_collator) is DataCollatorForVisionLanguageModeling:
@@ -134,6 +139,7 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         self._announce_prior()
         self._running = {mode: RunningMeans(self.aux_loss_enabled) for mode in ("train", "eval")}
         self._new_tokens: Tensor | int = 0
+        self._evaluated_as = "eval"
 
     def prior_of(self, config: QTargetConfig) -> PriorChoice:
         """The prior that a target has with this trainer's policy and reference model.
@@ -303,6 +309,9 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         means = self._running[mode].take()
         if means:
             means["num_tokens"] = self._total_train_tokens
+        if mode == "eval":  # TRL gives the metrics of every evaluation set the same names
+            own = {name: means.pop(name) for name in list(means) if name.startswith("target/")}
+            logs.update({f"{self._evaluated_as}_{name}": value for name, value in own.items()})
         self._metrics[mode].update({name: [value] for name, value in means.items()})
         super().log(logs, start_time)
 
@@ -318,6 +327,7 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         if is_packed(eval_dataset):
             self._prepared[eval_dataset] = True
         self._running["eval"].clear()  # `predict` adds to them and logs nothing
+        self._evaluated_as = metric_key_prefix
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
 
