@@ -63,7 +63,7 @@ def test_another_prior_is_refused(case, tmp_path):
     trainer_of(tmp_path / "same", **given(before)).train(checkpoint)
     if not after:
         return
-    with pytest.raises(ValueError, match="the prior is not the one that .*checkpoint-2 was trained with") as error:
+    with pytest.raises(ValueError, match=r"the prior is not the one that .*checkpoint-2 was trained with") as error:
         trainer_of(tmp_path / "other", **given(before | after)).train(checkpoint)
     assert "allow_new_target=True" in str(error.value) and len(str(error.value)) < 900
     trainer_of(tmp_path / "other", **given(before | after)).train(checkpoint, allow_new_target=True)
