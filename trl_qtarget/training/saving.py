@@ -65,6 +65,7 @@ class CheckpointMixin:
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # `Trainer` looks whether it is done after each step, so a finished run would take one more when it is resumed.
         if self.state.global_step >= self.state.max_steps:
+            logger.info(f"All {self.state.max_steps} steps have been trained: nothing is left to do.")
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
