@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 # Where a formula, written as it is published, keeps its digits: no power of a number near 0, no exp beyond a float.
 KNOBS = {
     "eta": (0.02, 0.98),
-    "alpha": (0.3, 3.0),
+    "alpha": (1.0, 3.0),
     "tau": (0.0, 1.0),
     "lam": (0.0, 1.0),
     "beta": (0.3, 3.0),
