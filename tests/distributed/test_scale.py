@@ -60,7 +60,10 @@ _SAVED = _variant("saved", Cell("psft", "lagged"), **_EVERY_OTHER_STEP)
 # Its truth is a Llama that transformers knows.
 _STRANGER = replace(_variant("stranger", Cell("dft"), **_ONE_BY_ONE), stranger=True, fills=False)
 _ADALORA = replace(_variant("adalora", Cell("asft", "base"), **_ONE_BY_ONE), adalora=True, fills=False)
+# Layers of another name than the policy's, which FSDP2 wraps by name.
+_OTHER_CLASS = replace(_variant("other-class", Cell("target_sft", "model")), other_class=True)
 VARIANTS = [
+    _OTHER_CLASS,
     _BESIDE,
     _LOADED,
     *(_checkpointing(cell, reentrant) for cell in _SECOND_PASSES for reentrant in (True, False)),
@@ -83,7 +86,7 @@ QUICK = {
         Cell("asft", "start", True),
     ],
     "fsdp2": [
-        Cell("target_sft", "model"),
+        _OTHER_CLASS,
         _SAVED,
         _BESIDE,
         Cell("asft", "start", True),

@@ -56,7 +56,8 @@ class Cell:
     `by_path`, whether the trainer loads the models itself, which ZeRO-3 then shards while they are loaded. `policy`
     and `reference` name the formats of `quantized.FORMATS` and are empty for unquantised models. `stranger` makes the
     policy a `Stranger`, `adalora` the adapter one that adds to the loss. `beside` is a part of the names of what is
-    trained beside LoRA. `loaded`: the script loads the policy, which ZeRO-3 shards then.
+    trained beside LoRA. `loaded`: the script loads the policy, which ZeRO-3 shards then. `other_class` makes the
+    reference a mixture of experts.
     """
 
     method: str
@@ -69,6 +70,7 @@ class Cell:
     policy: str = ""
     reference: str = ""
     stranger: bool = False
+    other_class: bool = False
     adalora: bool = False
     beside: str = ""
     loaded: bool = False
@@ -194,6 +196,8 @@ def _models(cell: Cell) -> tuple[PreTrainedModel, PreTrainedModel | None]:
         policy = Stranger.of(policy)
     if cell.prior != "model":
         return policy, None
+    if cell.other_class:
+        return policy, warm_model(tiny.moe_model, steps=12)
     return policy, quantized.quantized(cell.reference, steps=12) if cell.reference else plain(steps=12)
 
 

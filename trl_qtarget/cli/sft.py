@@ -25,11 +25,11 @@ from trl import (
     get_peft_config,
     get_quantization_config,
 )
-from trl.trainer.utils import create_model_from_path
 
 from ..lock import one_run_in
 from ..priors.choice import PolicyFacts, choose_prior
 from ..priors.loading import reference_options
+from ..priors.reference import load_model
 from ..target.config import QTargetConfig
 from ..training.checkpoints import check_checkpoint, last_whole_checkpoint
 from ..training.resolve import resolve_config
@@ -314,7 +314,7 @@ def load_reference(reference: ReferenceArguments, training: SFTConfig) -> PreTra
         )
     elif reference.ref_load_in_8bit:
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    return create_model_from_path(reference.ref_model_name_or_path, **options)
+    return load_model(reference.ref_model_name_or_path, options)
 
 
 def _compute_dtype(dtype: str | None) -> str:

@@ -57,6 +57,10 @@ class Prior:
     def after_step(self, step: int) -> None:
         """Told after every optimiser step; `step` counts from 1."""
 
+    def fixed_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that this prior reads and that no training changes, by name."""
+        raise NotImplementedError
+
     def save(self, directory: str | os.PathLike, should_save: bool) -> None:
         """Write into a checkpoint what a resumed run cannot reconstruct. Every rank calls it, `should_save` writes."""
 

@@ -9,6 +9,7 @@ from trl import SFTConfig
 
 from .base import Prior
 from .choice import PriorChoice, PriorKind
+from .fit import check_kind, check_separate
 from .own import OwnPrior
 from .reference import ModelPrior, freeze, load_reference
 from .shards import in_zero3
@@ -47,6 +48,8 @@ def build_prior(
             model = choice.reference
             if isinstance(model, str):
                 model = load_reference(model, policy, args, accelerator)
+            check_kind("ref_model", model)
+            check_separate(model, policy)
             return ModelPrior(*freeze(model, policy, accelerator))
         case PriorKind.STARTING_COPY:
             if in_zero3(policy):  # sharded while it was loaded

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..target.config import QTargetConfig
 from ..target.objective import Objective
 from .base import base_model_of
+from .fit import check_kind
 from .shards import in_zero3
 
 
@@ -178,6 +179,9 @@ def check_models(model: Any, reference: Any) -> None:
     """Raise unless the reference model is a model, and not the one that is trained."""
     if not isinstance(reference, str | nn.Module | None):
         raise ValueError(f"`ref_model` must be a path or a loaded model, got `{type(reference).__name__}`.")
+    for name, each in {"model": model, "ref_model": reference}.items():
+        if isinstance(each, nn.Module):
+            check_kind(name, each)
     models = [base_model_of(each) for each in (model, reference) if isinstance(each, nn.Module)]
     if len(models) == 2 and models[0] is models[1]:
         raise ValueError(

@@ -90,6 +90,11 @@ class OwnPrior(Prior):
             parts = {name: share(parameters[name]) for name in unseen}
             self.parts |= {name: part.to(self._kept_dtype(part.dtype), copy=True) for name, part in parts.items()}
 
+    def fixed_parameters(self) -> dict[str, nn.Parameter]:
+        left_out = self.parts.keys() | (frozenset() if self.adapters else adapter_parameters(self.model))
+        parameters = self._parameters()
+        return {name: it for name, it in parameters.items() if not it.requires_grad and name not in left_out}
+
     def start(self, step: int) -> None:
         if step == 0:  # else `load` has read them
             # What an evaluation before the training has kept was laid out as before the policy was wrapped. But if one

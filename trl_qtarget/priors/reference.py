@@ -1,14 +1,18 @@
 """Another model as the prior, a reference model or a teacher: how it is loaded, frozen and placed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.dataclasses import get_module_class_from_name
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import PreTrainedModel
 from trl import SFTConfig
 from trl.models.utils import prepare_deepspeed
@@ -17,8 +21,10 @@ from trl.trainer.utils import create_model_from_path
 from ..loss.head import PriorStates, add_target_head, check_head, head_of
 from ..target.checks import check_vocabulary
 from .base import Prior, base_model_of
+from .documents import has_documents, mixes_documents, states_of_documents
+from .fit import Positions
 from .loading import reference_options
-from .shards import reshard, whole_shape
+from .shards import in_fsdp2, in_zero3, reshard, whole_shape
 
 
 class ModelPrior(Prior):
@@ -26,12 +32,32 @@ class ModelPrior(Prior):
 
     def __init__(self, model: nn.Module, causal_model: PreTrainedModel):
         self.model, self.causal_model = model, causal_model
+        self._positions = Positions(causal_model)
+        self._mixes_documents: bool | None = None  # until it is measured
 
     def states(self, inputs: Mapping[str, Any]) -> PriorStates:
+        self._positions.check(inputs)
+        if has_documents(inputs) and self._told_apart_by_rows():
+            at_once = in_zero3(self.causal_model) or in_fsdp2(self.causal_model)
+            hidden = states_of_documents(self._run, inputs, at_once)
+        else:
+            hidden = self._run(**inputs)
+        return PriorStates(hidden, partial(head_of, self.causal_model))
+
+    def _told_apart_by_rows(self) -> bool:
+        if self._mixes_documents is None:
+            self._mixes_documents = mixes_documents(self.causal_model, self._run)
+        return self._mixes_documents
+
+    def _run(self, **inputs: Any) -> Tensor:
         with torch.no_grad():
             hidden = self.model(**inputs, final_hidden=True).last_hidden_state
         reshard(self.causal_model)
-        return PriorStates(hidden, partial(head_of, self.causal_model))
+        return hidden
+
+    def fixed_parameters(self) -> dict[str, nn.Parameter]:
+        reshard(self.causal_model)
+        return dict(self.causal_model.named_parameters())
 
 
 def load_reference(
@@ -46,7 +72,24 @@ def load_reference(
     options = {"dtype": policy.dtype} | own
     if accelerator.num_processes > 1:
         options["device_map"] = None
-    return create_model_from_path(path, **options)
+    return load_model(path, options)
+
+
+def load_model(path: str, options: Mapping[str, Any]) -> nn.Module:
+    """A causal language model by its path; of an adapter's folder its base, by the same options, with the adapter."""
+    folder = Path(path)
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        return create_model_from_path(path, **options)
+    from peft import PeftConfig, PeftModel  # not needed by anything else
+
+    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"`ref_model` ({path}) is the folder of an adapter that does not say of which model: load the model, put "
+            "the adapter on it with `PeftModel.from_pretrained`, and pass that."
+        )
+    without_revision = {name: value for name, value in options.items() if name != "revision"}
+    return PeftModel.from_pretrained(create_model_from_path(base, **without_revision), path)
 
 
 def freeze(
@@ -77,5 +120,20 @@ def _place(ref_model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
             return prepare_deepspeed(ref_model, accelerator)
         if accelerator.distributed_type == DistributedType.FSDP:
             # Layer by layer, as the policy is. `Accelerator.prepare_model` would leave it whole on every rank.
-            return fsdp2_prepare_model(accelerator, ref_model)
+            with _own_layers(accelerator.state.fsdp_plugin, ref_model):
+                return fsdp2_prepare_model(accelerator, ref_model)
     return accelerator.prepare_model(ref_model, evaluation_mode=True)
+
+
+@contextmanager
+def _own_layers(plugin: FullyShardedDataParallelPlugin, model: nn.Module) -> Iterator[None]:
+    """Inside this context Accelerate wraps the layers of this model, whatever those of the policy are called."""
+    former = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+    policy, names = former
+    if getattr(policy, "func", policy) is transformer_auto_wrap_policy:
+        known = [name for name in names or () if get_module_class_from_name(model, name) is not None]
+        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = transformer_auto_wrap_policy, known or None
+    try:
+        yield
+    finally:
+        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = former

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from ..priors.own import STATE_NAME
+from ..priors.record import RECORD_NAME
 from ..target.config import CONFIG_NAME, QTargetConfig
 
 
@@ -26,7 +27,8 @@ def clear_state(checkpoint: str | os.PathLike) -> None:
 
     What is written there next may end early or, with `save_only_model`, never replace it.
     """
-    patterns = [_LAST_FILE, *(pattern for part in _STATE.values() for pattern in part), "scaler.pt", STATE_NAME]
+    patterns = [_LAST_FILE, *(pattern for part in _STATE.values() for pattern in part), "scaler.pt"]
+    patterns += [STATE_NAME, RECORD_NAME]
     for pattern in dict.fromkeys(patterns):
         for path in Path(checkpoint).glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -5,12 +5,45 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from trl import SFTConfig
 
 from ..loss.linear import LinearQTargetOutput
 
 
 # Each a mean over the scored tokens that have it: signed targets have no KL, and there may be no prior to agree.
 TARGET_METRICS = ("nll", "trust", "label_mass", "kl", "prior_agreement")
+_NLL = "target/nll"
+
+
+def judge_by_nll(args: SFTConfig, evaluation_sets: Any) -> bool:
+    """Let the NLL choose the best checkpoint where nothing has been said of it, and less of it be better.
+
+    The objective's own value, `eval_loss`, says nothing of how good a model is: it is constant for PSFT, and for
+    others it may rise while every label becomes more probable.
+
+    Args:
+        args: of the trainer. transformers has put "loss" where `metric_for_best_model` was needed and not given; the
+            objective's own value is "eval_loss". Of a metric that it does not know it thinks that more is better.
+        evaluation_sets: what is evaluated.
+
+    Returns:
+        Whether the metric was chosen here.
+
+    Raises:
+        ValueError: there are several evaluation sets, and nothing says which one counts.
+    """
+    chosen = args.metric_for_best_model == "loss"
+    if chosen:
+        if isinstance(evaluation_sets, Mapping):
+            first = next(iter(evaluation_sets), "name")
+            raise ValueError(
+                "`metric_for_best_model` is not set, and `eval_dataset` holds several sets: name the one that counts, "
+                f"`metric_for_best_model='{first}_{_NLL}'`."
+            )
+        args.metric_for_best_model = _NLL
+    if (args.metric_for_best_model or "").endswith((_NLL, "target/kl")):
+        args.greater_is_better = False
+    return chosen
 
 
 def sums_dtype(device: torch.device) -> torch.dtype:

@@ -1,8 +1,10 @@
 """What the trainer writes to disk, and how it goes on from there."""
 
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from accelerate.logging import get_logger
@@ -12,6 +14,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..priors.adapters import are_trained
 from ..priors.base import Prior
 from ..priors.choice import PriorChoice
+from ..priors.own import STATE_NAME
+from ..priors.record import PriorRecord, fingerprints
 from ..target.config import QTargetConfig
 from .card import add_target
 from .checkpoints import check_checkpoint, clear_state, last_whole_checkpoint
@@ -27,6 +31,8 @@ class CheckpointMixin:
     qtarget_config: QTargetConfig
     prior_choice: PriorChoice
     _prior: Prior | None
+    _may_change_prior = False
+    _fingerprints: Mapping[str, str] = MappingProxyType({})
 
     def train(
         self,
@@ -40,8 +46,8 @@ class CheckpointMixin:
         Args:
             resume_from_checkpoint (`str` or `bool`): a checkpoint; `True` is the last one in `args.output_dir` that
                 was not interrupted while it was written.
-            allow_new_target (`bool`, defaults to `False`): whether to resume although `qtarget_config` differs from
-                the one that the checkpoint was trained toward.
+            allow_new_target (`bool`, defaults to `False`): whether to resume although `qtarget_config`, or the weights
+                of its prior, differ from those that the checkpoint was trained toward.
 
         Raises:
             ValueError: the checkpoint does not exist, is not whole, lacks the state of optimiser, schedule or random
@@ -51,6 +57,7 @@ class CheckpointMixin:
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             check_checkpoint(resume_from_checkpoint, self.qtarget_config, allow_new_target)
+            self._may_change_prior = allow_new_target
         elif self.prior_choice.warning_if_trained and are_trained(self.model):
             logger.warning(self.prior_choice.warning_if_trained)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -58,6 +65,7 @@ class CheckpointMixin:
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # `Trainer` looks whether it is done after each step, so a finished run would take one more when it is resumed.
         if self.state.global_step >= self.state.max_steps:
+            logger.info(f"All {self.state.max_steps} steps have been trained: nothing is left to do.")
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
@@ -94,8 +102,23 @@ class CheckpointMixin:
             if value.dtype != dtypes.get(name, value.dtype):
                 value.data = value.data.to(dtypes[name])
 
+    def _load_best_model(self) -> None:
+        with self._prior.policy_loads() if self._prior is not None else nullcontext():
+            super()._load_best_model()
+        best = Path(self.state.best_model_checkpoint)
+        if (best / STATE_NAME).is_file():
+            self._prior.load(best)
+
+    def _prior_record(self) -> PriorRecord:
+        fixed = {} if self._prior is None else self._prior.fixed_parameters()
+        self._fingerprints = fingerprints(fixed, self._fingerprints)
+        return PriorRecord.of(self.prior_choice, dict(self._fingerprints))
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        record = self._prior_record()
+        if self.args.should_save:
+            record.save(output_dir)
         if self._prior is not None:
             self._prior.save(output_dir, self.args.should_save)
 
@@ -106,5 +129,8 @@ class CheckpointMixin:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        former = None if checkpoint is None or self._may_change_prior else PriorRecord.load(checkpoint)
+        if former is not None:
+            self._prior_record().check_same(former, checkpoint)
         if self._prior is not None and checkpoint is not None and os.path.isdir(checkpoint):
             self._prior.load(checkpoint)

@@ -48,7 +48,7 @@ from .data import (
     prepare_with_columns,
     sequences_of,
 )
-from .metrics import RunningMeans, local_sums
+from .metrics import RunningMeans, judge_by_nll, local_sums
 from .resolve import resolve_config
 from .saving import CheckpointMixin
 
@@ -57,6 +57,13 @@ logger = get_logger(__name__)
 
 # Under prompt learning. All others see the text alone.
 _PRIORS_WITH_VIRTUAL_TOKENS = (PriorKind.NONE, PriorKind.POLICY, PriorKind.START, PriorKind.LAGGED)
+
+# Of PEFT's, by what they do to a forward pass that has the loss in the place of the logits.
+_UNFIT_ADAPTERS = {
+    "CPT": "computes a loss of its own from the logits, in the place of the target",
+    "XLORA": "runs the model a first time to mix its adapters, and looks for that pass's hidden states",
+    "ADAPTION_PROMPT": "puts the layers that it changes into another model than the one that is run",
+}
 
 # Arguments of the policy's forward that a prior's backbone is not given.
 _POLICY_ALONE = ("labels", "shift_labels", "output_router_logits")
@@ -113,6 +120,11 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         # The loss is this package's and takes `num_items_in_batch`, whatever the model's class says of its own.
         self.model_accepts_loss_kwargs = True
         _refuse_what_cannot_work(self.accelerator, self.model)
+        if judge_by_nll(self.args, self.eval_dataset):
+            logger.info(
+                "The best checkpoint is the one with the lowest `eval_target/nll`; "
+                "`metric_for_best_model='eval_loss'` would take the objective's own value."
+            )
         check_kernel(self.qtarget_config.kernel, self.accelerator.device)
         # A subclass of TRL's collators is the user's own, and left alone.
         if self._token_columns and type(self.data_collator) is DataCollatorForVisionLanguageModeling:
@@ -134,6 +146,7 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         self._announce_prior()
         self._running = {mode: RunningMeans(self.aux_loss_enabled) for mode in ("train", "eval")}
         self._new_tokens: Tensor | int = 0
+        self._evaluated_as = "eval"
 
     def prior_of(self, config: QTargetConfig) -> PriorChoice:
         """The prior that a target has with this trainer's policy and reference model.
@@ -308,6 +321,9 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         means = self._running[mode].take()
         if means:
             means["num_tokens"] = self._total_train_tokens
+        if mode == "eval":  # TRL gives the metrics of every evaluation set the same names
+            own = {name: means.pop(name) for name in list(means) if name.startswith("target/")}
+            logs.update({f"{self._evaluated_as}_{name}": value for name, value in own.items()})
         self._metrics[mode].update({name: [value] for name, value in means.items()})
         super().log(logs, start_time)
 
@@ -323,6 +339,7 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         if is_packed(eval_dataset):
             self._prepared[eval_dataset] = True
         self._running["eval"].clear()  # `predict` adds to them and logs nothing
+        self._evaluated_as = metric_key_prefix
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
 
@@ -355,11 +372,10 @@ def _explaining_truncated_images(max_length: int | None) -> Iterator[None]:
 
 
 def _refuse_what_cannot_work(accelerator: Accelerator, model: nn.Module) -> None:
-    if is_peft_model(model) and model.active_peft_config.peft_type == "CPT":
-        raise ValueError(
-            "`peft_config` is of CPT, which computes a loss of its own from the logits, in the place of the target: "
-            "use another method of prompt learning."
-        )
+    kind = model.active_peft_config.peft_type if is_peft_model(model) else None
+    kind = getattr(kind, "value", kind)
+    if kind in _UNFIT_ADAPTERS:
+        raise ValueError(f"`peft_config` is of {kind}, which {_UNFIT_ADAPTERS[kind]}: use another kind of adapter.")
     parallelism = accelerator.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(
