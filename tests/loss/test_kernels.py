@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -10,13 +11,13 @@ import torch
 pytest.importorskip("triton")
 
 from designs import free_formula
-from formulas import FORMULAS
+from formulas import FORMULAS, OF_2026
 from problems import HEADS, make_problem, relative_error
 from rounding import HALF, NAMES, arguments_of, assert_no_worse, fused, published, results, truth_of
 from test_exactness import FREE_CASES, METHOD_CASES, SHAPES, TOLERANCE, case_id, check_linear, free_knobs
 from test_loss_memory import PeakMemory
 from test_precision import importance_slack
-from thinned import one_of_each, thinned
+from thinned import by_kernels, one_of_each, thinned
 
 from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss, register_residual, register_trust
 from trl_qtarget.loss import choice
@@ -61,14 +62,18 @@ def check_same(problem, config: QTargetConfig, tolerance: float = TOLERANCE, **m
 # --- exactness, in float64 ---
 
 
-@pytest.mark.parametrize(("name", "knobs"), METHOD_CASES, ids=case_id)
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    thinned(METHOD_CASES, lambda name, knobs: by_kernels(name) and not (knobs and name in OF_2026)),
+    ids=case_id,
+)
 def test_method_equals_its_formula(name, knobs):
     for shape, head, chunk_tokens in zip(SHAPES[:2], ("capped", "scaled"), (None, 5), strict=True):
         config = QTargetConfig(name, chunk_tokens=chunk_tokens, kernel="triton", **knobs)
         check_linear(make_problem(*shape, head=head), FORMULAS[name], config, knobs)
 
 
-@pytest.mark.parametrize(("trust", "residual"), FREE_CASES)
+@pytest.mark.parametrize(("trust", "residual"), thinned(FREE_CASES, lambda *pair: pair in one_of_each(FREE_CASES)))
 def test_free_combination_equals_its_formula(trust, residual):
     knobs = free_knobs(trust, residual)
     config = QTargetConfig(None, trust=trust, residual=residual, chunk_tokens=7, kernel="triton", **knobs)
@@ -86,8 +91,13 @@ def test_the_policy_as_its_prior(residual):
     check_same(make_problem(*SHAPES[1]), tempered)
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("head", HEADS)
+_ROWS_AND_HEADS = list(product(METHODS, HEADS))
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    thinned(_ROWS_AND_HEADS, lambda *pair: pair[0] not in OF_2026 or pair in one_of_each(_ROWS_AND_HEADS)),
+)
 def test_every_statistic_is_that_of_the_plain_kernel(name, head):
     check_same(make_problem(13, 37, 6, 1, head=head), QTargetConfig(name, chunk_tokens=4))
 
@@ -99,7 +109,7 @@ def test_vocabularies_of_any_size(name, vocabulary):
     check_same(make_problem(7, vocabulary, 5, 3), QTargetConfig(name))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", thinned(METHODS, lambda name: name not in OF_2026 or name == "rank_tuner"))
 @pytest.mark.parametrize("which", ["bias", "prior_bias"])
 def test_masked_tokens(name, which):
     problem = make_problem(9, 2 * folded._BLOCK + 11, 4, 5)
@@ -160,7 +170,7 @@ def test_logits_that_are_no_numbers_are_not_hidden(bad):
 
 
 @pytest.mark.parametrize("dtype", thinned([torch.float32, *HALF], lambda dtype: dtype != torch.float16), ids=str)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", thinned(METHODS, lambda name: name not in OF_2026))
 def test_method_is_no_worse_than_its_formula(name, dtype):
     problem = make_problem(61, 203, 31, 2)
     config = QTargetConfig(name, chunk_tokens=17, kernel="triton")
@@ -267,7 +277,7 @@ def test_only_some_residuals_are_not_folded():
 # --- passes and memory ---
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", thinned(METHODS, by_kernels))
 def test_one_pass_to_fold_and_one_to_write(name, monkeypatch):
     launched = []
 
@@ -290,7 +300,7 @@ def test_one_pass_to_fold_and_one_to_write(name, monkeypatch):
     assert launched == before + [("fold", (6,)), ("gradient", (6,))] * 2
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.residual not in NOT_FOLDED])
 def test_nothing_of_the_size_of_the_logits_is_made_beside_them(name):
     tokens, vocabulary = 24, 4096
     problem = make_problem(tokens, vocabulary, 4, 40, bias=False)

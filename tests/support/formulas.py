@@ -289,6 +289,7 @@ _OF_2026 = (
     asft_k1,
 )
 _OF_2026 = (*_OF_2026, mask_target, lp_sft, tofu, otr)
+OF_2026 = frozenset(f.__name__ for f in _OF_2026)
 FORMULAS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (*_ALL, distill_hybrid, target_sft, *_OF_2026)}
 
 # Knobs other than the defaults, for each method that has any.
