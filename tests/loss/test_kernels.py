@@ -24,7 +24,7 @@ from trl_qtarget.loss import choice
 from trl_qtarget.loss.chunks import STATISTICS
 from trl_qtarget.loss.kernels import fold, folded, gradient
 from trl_qtarget.loss.kernels.plain import PlainKernel
-from trl_qtarget.target.registry import Positive
+from trl_qtarget.target.registry import TILE_STATISTICS, Positive
 from trl_qtarget.target.residual import RESIDUALS
 from trl_qtarget.target.trust import TRUSTS
 
@@ -244,16 +244,53 @@ def own_designs():
     def two_mixtures(tile):
         return tile.mixture(policy=0.5), tile.mixture(prior=2.0)
 
+    @register_residual("gated", uses_prior=True)
+    def gated(tile):
+        surprised = (tile.prior_label_log_probs < -2.0)[:, None]
+        return torch.where(surprised, tile.log_probs, torch.log_softmax(tile.prior_logits, dim=-1))
+
     @register_residual("itself")
     def itself(tile):
         return tile.log_probs
 
-    trusts, residuals = ("peak", "agreement"), ("cubed", "steered", "moved", "two_mixtures", "itself")
+    trusts, residuals = ("peak", "agreement"), ("cubed", "steered", "moved", "two_mixtures", "gated", "itself")
     yield [(trust, residual) for trust in (*trusts, "probability") for residual in (*residuals, "guided")]
     for name in trusts:
         del TRUSTS[name]
     for name in residuals:
         del RESIDUALS[name]
+
+
+def tiles(statistics: frozenset[str], prior: bool = True):
+    """A tile of torch operations, and a folded one that was asked for these statistics; rows over a seam of steps."""
+    generator = torch.Generator().manual_seed(5)
+    shape = (6, folded._BLOCK + 37)  # a step in float64 is half as wide
+    # Of few different numbers, so that many are equal; each with masked tokens, a label of row 3 among them.
+    logits, prior_logits = torch.randint(-4, 5, (2, *shape), generator=generator).double()
+    labels = torch.tensor([0, shape[1] - 1, folded._BLOCK // 2, 100, 7, 2077])
+    logits[:, 50:200], prior_logits[:, 3000:] = -math.inf, -math.inf
+    logits[4, 7], prior_logits[5, 2077] = 30.0, 30.0  # nearly all of the mass on the label
+    trust = TRUSTS["probability" if not prior else "prior_probability"]
+    objective = QTargetConfig(None, trust=trust.name, residual="policy").objective(has_prior=prior)
+    objective = replace(objective, trust=replace(trust, statistics=tuple(statistics)))
+    given = prior_logits if prior else None
+    fast = folded.FoldingKernel(objective).tile(logits, labels, given, None, None)
+    copies = logits.clone(), labels, None if given is None else given.clone(), None, None
+    return PlainKernel(objective).tile(*copies), fast
+
+
+@pytest.mark.parametrize("asked", [(), TILE_STATISTICS, *((name,) for name in TILE_STATISTICS)], ids=str)
+@pytest.mark.parametrize("prior", [True, False])
+def test_what_a_design_asks_for(asked, prior):
+    plain, fast = tiles(frozenset(asked), prior)
+    gathered = [name for name in asked if prior or name != "prior_mass_below"]
+    found = {name: getattr(fast, name) for name in (*gathered, "largest_prob", "prior_label_log_probs")}
+    assert not {"log_probs", "prior_log_probs"} & vars(fast).keys()  # nothing of the vocabulary's size
+    for name in TILE_STATISTICS:  # the other ones are made by torch operations
+        found[name] = getattr(fast, name)
+    for name, value in found.items():
+        torch.testing.assert_close(value, getattr(plain, name), rtol=TOLERANCE, atol=1e-14)  # logarithms near 0
+    assert plain.rank[3] == plain.logits.size(1) and plain.rank[4] == 1  # of zeros, all are at least as probable
 
 
 def test_own_designs_run(own_designs):

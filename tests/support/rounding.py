@@ -44,7 +44,7 @@ def published(problem: Problem, config: QTargetConfig, values: dict[str, Tensor]
         prior_logits[rows].to(dtype),
         problem.token_weights[rows].to(dtype),
         problem.sequence_ids[rows],
-        **({"embeddings": leaves[1].detach().to(dtype)} if free else {}),
+        **({"embeddings": leaves[1].detach().to(dtype), **config.knobs} if free else {}),  # one number for both
     )
     return losses.mean()
 

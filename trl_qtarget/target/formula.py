@@ -18,7 +18,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from .registry import KNOBS, STATISTICS
+from .registry import KNOBS, TILE_STATISTICS
 from .tile import Tile
 
 
@@ -165,7 +165,7 @@ class Formula:
     @property
     def statistics(self) -> tuple[str, ...]:
         """Statistics of a tile that it reads."""
-        return tuple(name for name in self.names if name in STATISTICS)
+        return tuple(name for name in self.names if name in TILE_STATISTICS)
 
     def _wrong(self, reason: str) -> ValueError:
         shown = self.text if len(self.text) <= 80 else f"{self.text[:80]}..."

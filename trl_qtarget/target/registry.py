@@ -72,7 +72,7 @@ class Knob:
 
 
 # What a design may name as its `statistics`: properties of a tile.
-STATISTICS = ("rank", "margin", "collision", "prior_mass_below")
+TILE_STATISTICS = ("rank", "margin", "collision", "prior_mass_below")
 
 
 def read_knobs(function: Callable) -> dict[str, Knob]:
@@ -123,16 +123,16 @@ class Design:
     per_sequence: bool = False
     uses_token_weights: bool = False
     uses_embeddings: bool = False
-    # Statistics of a tile that it reads (`STATISTICS`) and that are gathered only where they are asked for.
+    # Statistics of a tile that it reads (`TILE_STATISTICS`) and that are gathered only where they are asked for.
     statistics: tuple[str, ...] = ()
     # (knobs, prior_is_policy) -> whether this residual is the policy's own distribution with these settings
     is_policy: Callable[[dict[str, float], bool], bool] = field(default=lambda knobs, prior_is_policy: False)
     knobs: dict[str, Knob] = field(init=False)
 
     def __post_init__(self):
-        unknown = [name for name in self.statistics if name not in STATISTICS]
+        unknown = [name for name in self.statistics if name not in TILE_STATISTICS]
         if unknown:
-            raise ValueError(f"`statistics={unknown[0]!r}` is unknown: name some of {', '.join(STATISTICS)}.")
+            raise ValueError(f"`statistics={unknown[0]!r}` is unknown: name some of {', '.join(TILE_STATISTICS)}.")
         object.__setattr__(self, "knobs", read_knobs(self.function))
 
     def __call__(self, tile: Any, knobs: dict[str, float]) -> Any:

@@ -118,7 +118,7 @@ def rank_of(logits: Tensor, labels: Tensor) -> Tensor:
 def margin_of(logits: Tensor, labels: Tensor) -> Tensor:
     """By how much the label's of `logits[n, V]` exceeds the largest other one, `[n]`."""
     others = logits.scatter(1, labels[:, None], floor_of(logits.dtype))
-    return logits.gather(1, labels[:, None]).squeeze(1) - others.amax(-1)
+    return finite(logits.gather(1, labels[:, None]).squeeze(1) - others.amax(-1))
 
 
 def odds_below(logits: Tensor, labels: Tensor) -> Tensor:
