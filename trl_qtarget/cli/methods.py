@@ -89,7 +89,7 @@ def table(names: Iterable[str] = METHODS) -> str:
     }
     # The longest formulas take a line of their own rather than push the columns apart.
     columns = list(zip(heading, *lines.values(), strict=True))
-    widths = [max(len(cell) for cell in column if len(cell) <= 48) for column in columns]
+    widths = [max(len(cell) for cell in column if len(cell) <= 36) for column in columns]
 
     def in_columns(line: tuple[str, ...]) -> str:
         cells = zip(line, widths, strict=True)

@@ -249,7 +249,7 @@ METHODS = MappingProxyType(
             residual="sharpened",
             knobs={"alpha": 3.0, "beta": 0.8},
             value=tempered_label_loss,
-            loss="-sg[w] beta log softmax(z/beta)_y, w = (1-p_y)^alpha - alpha p_y (1-p_y)^(alpha-1) log p_y",
+            loss="-sg[w] beta log softmax(z/beta)_y, w the slope of the focal loss",
             source="TOFU",
             arxiv="2605.00195",
         ),
