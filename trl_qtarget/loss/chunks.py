@@ -145,6 +145,7 @@ class Batch:
                     self.observer(block, target)
                 if any_grad:
                     self.kernel.write_gradient(grad_logits[local], target, inverse_count, slope)
+                del tile, target  # before what the next block's trust makes
             if hidden_grad:
                 gemm.backproject(gradients[0][chunk], grad_logits, self.weight, self.operands)
             if weight_grad:

@@ -102,14 +102,14 @@ def _token_target(
         return None if values is None else values[scored]
 
     scored_logits = _to_statistics_dtype(logits[scored])
-    log_probs = finite(torch.log_softmax(scored_logits, dim=-1))
+    log_probs = finite(torch.log_softmax(scored_logits, dim=-1), in_place=True)
     tile = Tile(
         log_probs=log_probs,
         labels=labels[scored],
         prior_logits=finite(prior_logits[scored].to(log_probs.dtype)) if objective.uses_prior else None,
         token_weights=rows(token_weights),
         output_embeddings=None if embeddings is None else Embeddings(embeddings, labels[scored]),
-        logits=scored_logits,
+        logits=scored_logits if {"rank", "margin"} & objective.statistics else None,
     )
     trust = None
     if objective.trust.per_sequence:
@@ -190,7 +190,7 @@ def qtarget_loss(
     )
     scored_logits = _to_statistics_dtype(logits[scored])
     with torch.no_grad():
-        gradient, value = target.logits_gradient(), objective.value(target)
+        value, gradient = objective.value(target), target.logits_gradient()
     # The gradient is that of the cross-entropy to the detached target; the value is the publication's.
     losses = _ValueWithGradient.apply(scored_logits, gradient, target.scale, value)
     # `masked_scatter` keeps the graph connected where no token is scored.

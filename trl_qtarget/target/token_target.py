@@ -100,7 +100,8 @@ class TokenTarget:
     def logits_gradient(self) -> Tensor:
         """`s (p - Q)` over the logits `[n, V]`, a new tensor."""
         terms, of_label = self.gradient()
-        gradient = torch.zeros_like(self.tile.log_probs)
-        for measure, coefficient in terms:
+        (first, coefficient), *others = terms
+        gradient = first.probs * coefficient[:, None]
+        for measure, coefficient in others:
             gradient.addcmul_(measure.probs, coefficient[:, None])
         return gradient.scatter_add_(1, self.tile.labels[:, None], of_label[:, None])
