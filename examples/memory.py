@@ -30,15 +30,18 @@ MASK = "attention mask (sdpa, packed rows)"
 # Float32 buffers that the fused loss holds at its peak: of a chunk the logits of the policy and of the prior, and of a
 # block those for what is made of them.
 LOSS_BUFFERS = dict.fromkeys(METHODS, 3) | {
-    **dict.fromkeys(("iw_sft", "psft"), 4),
-    **dict.fromkeys(("label_smoothing", "sft_kl", "asft", "gem", "distill", "distill_hybrid"), 5),
+    **dict.fromkeys(("iw_sft", "psft", "asft_k3", "prift", "prift_mass", "tofu"), 4),
+    **dict.fromkeys(("label_smoothing", "sft_kl", "asft", "gem", "distill", "distill_hybrid", "gift", "otr"), 5),
     "target_sft": 6,
+    **dict.fromkeys(("mask_target", "lp_sft"), 7),
 }
 # The same of a loss on dense logits, `[N, V]` each: the policy's logits and `qtarget_loss` through autograd.
-DENSE_BUFFERS = dict.fromkeys(METHODS, 7) | {
-    **dict.fromkeys(("iw_sft", "psft", "sft_kl", "asft", "distill", "distill_hybrid", "target_sft"), 10),
-    "label_smoothing": 8,
-    "gem": 9,
+DENSE_BUFFERS = dict.fromkeys(METHODS, 6) | {
+    **dict.fromkeys(("gem", "tofu", "rank_tuner", "trim_sft"), 7),
+    **dict.fromkeys(("label_smoothing", "otr"), 8),
+    **dict.fromkeys(("iw_sft", "psft", "asft_k3", "prift", "prift_mass"), 9),
+    **dict.fromkeys(("sft_kl", "asft", "distill", "distill_hybrid", "target_sft", "gift"), 10),
+    **dict.fromkeys(("mask_target", "lp_sft"), 13),
 }
 
 

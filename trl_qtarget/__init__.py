@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from .priors.choice import PolicyFacts, PriorChoice, PriorKind, choose_prior
     from .target.config import QTargetConfig
     from .target.dense import Target, build_target, induced_target, qtarget_loss
-    from .target.methods import METHODS, Method
+    from .target.methods import METHODS
+    from .target.objective import Method
     from .target.registry import AtLeastTwo, Count, NonNegative, Positive, Range, Unit
     from .target.residual import register_residual
     from .target.tile import LabelStatistics, Measure, Tile, floor_of
@@ -36,7 +37,8 @@ _HOMES = {
     "priors.choice": ("PolicyFacts", "PriorChoice", "PriorKind", "choose_prior"),
     "target.config": ("QTargetConfig",),
     "target.dense": ("Target", "build_target", "induced_target", "qtarget_loss"),
-    "target.methods": ("METHODS", "Method"),
+    "target.methods": ("METHODS",),
+    "target.objective": ("Method",),
     "target.registry": ("AtLeastTwo", "Count", "NonNegative", "Positive", "Range", "Unit"),
     "target.residual": ("register_residual",),
     "target.tile": ("LabelStatistics", "Measure", "Tile", "floor_of"),

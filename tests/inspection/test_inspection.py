@@ -76,7 +76,9 @@ def test_numbers_are_those_of_build_target(method, reference):
             torch.testing.assert_close(torch.tensor(example["prior"]), prior.gather(1, ids), **TOLERANCE)
         else:
             assert example["prior"] is None
-        if (q >= 0).all():
+        if method in ("gem", "tofu", "otr", "mask_target", "lp_sft"):
+            assert set(found["kl"]) == {None}  # Q is more than the label and one residual, and may be negative
+        elif (q >= 0).all():
             kl = (torch.xlogy(q, q) - q * p.log()).sum(1)
             torch.testing.assert_close(torch.tensor(found["kl"]), kl, rtol=1e-3, atol=1e-5)
         rival = q.scatter(1, labels[:, None], 0.0).amax(1)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from formulas import make_problem
+from problems import make_problem
 
 from trl_qtarget import QTargetConfig, build_target, induced_target, linear_qtarget_loss, qtarget_loss
 

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from formulas import FORMULAS, Problem, make_problem
+from formulas import FORMULAS
+from problems import Problem, make_problem
 from rounding import NAMES, arguments_of, assert_no_worse, fused, published, results, truth_of
 
 from trl_qtarget import QTargetConfig, gemm, linear_qtarget_loss

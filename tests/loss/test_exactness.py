@@ -4,19 +4,10 @@ import math
 
 import pytest
 import torch
-from formulas import (
-    FORMULAS,
-    HEADS,
-    OTHER_DESIGN_KNOBS,
-    OTHER_KNOBS,
-    RESIDUAL_FORMULAS,
-    TRUST_FORMULAS,
-    Problem,
-    free_formula,
-    knobs_in,
-    make_problem,
-    relative_error,
-)
+from designs import OTHER_DESIGN_KNOBS, RESIDUAL_FORMULAS, SOME_PAIRS, TRUST_FORMULAS, free_formula, knobs_in
+from formulas import FORMULAS, OTHER_KNOBS
+from problems import HEADS, Problem, make_problem, relative_error
+from thinned import thinned
 
 from trl_qtarget import METHODS, QTargetConfig, build_target, induced_target, linear_qtarget_loss, qtarget_loss
 from trl_qtarget.target.residual import RESIDUALS
@@ -26,8 +17,8 @@ from trl_qtarget.target.trust import TRUSTS
 # Two float64 evaluations of one formula in another order: a few hundred roundings of 1.1e-16, on quantities that grow
 # to some hundreds of nats in the confident rows.
 TOLERANCE = 1e-12
-# A gradient s (p - Q) is a difference of probabilities: where it (nearly) vanishes, the rounding of some dozens of
-# them remains, a part in 1e12 of this floor.
+# A gradient s (p - Q) is a difference of probabilities, and a loss one of logits: where it (nearly) vanishes, the
+# rounding of some dozens of them remains, a part in 1e12 of this floor.
 FLOOR = 1e-2
 
 
@@ -56,7 +47,7 @@ def check_dense(problem: Problem, formula, config: QTargetConfig, knobs: dict, p
     arguments = problem.dense_arguments(prior)
 
     losses = qtarget_loss(logits, problem.labels, config, reduction="none", **arguments)
-    assert relative_error(losses, published) < TOLERANCE
+    assert relative_error(losses, published, FLOOR) < TOLERANCE
     (own,) = torch.autograd.grad(losses.sum(), logits)
     assert relative_error(own, gradient, FLOOR) < TOLERANCE
 
@@ -83,8 +74,8 @@ def check_linear(problem: Problem, formula, config: QTargetConfig, knobs: dict, 
     output = linear_qtarget_loss(
         leaves[0], leaves[1], problem.labels, config, bias=leaves[2], **problem.linear_arguments(prior)
     )
-    assert relative_error(output.token_loss, published) < TOLERANCE
-    assert relative_error(output.loss, mean) < TOLERANCE
+    assert relative_error(output.token_loss, published, FLOOR) < TOLERANCE
+    assert relative_error(output.loss, mean, FLOOR) < TOLERANCE
     for gradient, true in zip(torch.autograd.grad(output.loss, leaves), truth, strict=True):
         assert relative_error(gradient, true, FLOOR) < TOLERANCE
 
@@ -111,20 +102,20 @@ def test_method_linear(name, knobs):
             check_linear(make_problem(*shape, head=head), FORMULAS[name], config, knobs)
 
 
-@pytest.mark.parametrize(("trust", "residual"), FREE_CASES)
+@pytest.mark.parametrize(("trust", "residual"), thinned(FREE_CASES, lambda *pair: pair in SOME_PAIRS))
 def test_free_combination_dense(trust, residual):
     for knobs in ({}, free_knobs(trust, residual)):
         config = QTargetConfig(method=None, trust=trust, residual=residual, **knobs)
-        for shape in SHAPES:
-            check_dense(make_problem(*shape), free_formula(trust, residual), config, knobs)
+        for shape in SHAPES:  # a knob that both designs have is one number for both
+            check_dense(make_problem(*shape), free_formula(trust, residual), config, config.knobs)
 
 
-@pytest.mark.parametrize(("trust", "residual"), FREE_CASES)
+@pytest.mark.parametrize(("trust", "residual"), thinned(FREE_CASES, lambda *pair: pair in SOME_PAIRS))
 def test_free_combination_linear(trust, residual):
     for knobs in ({}, free_knobs(trust, residual)):
         for shape, head, chunk_tokens in zip(SHAPES, HEADS, (1, 4, None), strict=True):
             config = QTargetConfig(method=None, trust=trust, residual=residual, chunk_tokens=chunk_tokens, **knobs)
-            check_linear(make_problem(*shape, head=head), free_formula(trust, residual), config, knobs)
+            check_linear(make_problem(*shape, head=head), free_formula(trust, residual), config, config.knobs)
 
 
 @pytest.mark.parametrize("residual", ["prior", "guided"])
@@ -207,6 +198,10 @@ def test_a_label_that_is_ignored_by_another_number():
     assert relative_error(qtarget_loss(problem.logits(), labels, "sft", ignore_index=-1), expected) < 1e-15
 
 
+# Their Q is made of more than the label and one residual.
+OF_MORE_PARTS = ("gem", "tofu", "otr", "mask_target", "lp_sft")
+
+
 @pytest.mark.parametrize("name", FORMULAS)
 def test_statistics_of_the_fused_loss(name):
     for shape, head in zip(SHAPES, HEADS, strict=True):
@@ -244,16 +239,13 @@ def test_statistics_of_the_fused_loss(name):
             assert output.prior_is_top1[scored].isnan().all()
 
         # A divergence of nearly equal distributions is a small difference of large sums.
-        proper = (q >= 0).all(-1) & scored & (name != "gem")
+        proper = (q >= 0).all(-1) & scored & (name not in OF_MORE_PARTS)
         expected = (torch.xlogy(q, q) - q * log_probs).sum(-1)
         assert ((output.kl - expected)[proper].abs() < TOLERANCE * (1 + label_log_probs[proper].abs())).all()
-        improper = (output.trust > 1) & scored if name != "gem" else scored
-        assert output.kl[improper].isnan().all()
-        if name != "gem":
-            assert not output.kl[~improper].isnan().any()
+        assert torch.equal(output.kl.isnan(), scored & ~proper)
 
 
-@pytest.mark.parametrize("name", [name for name in FORMULAS if name != "gem"])
+@pytest.mark.parametrize("name", [name for name in FORMULAS if name not in ("gem", "tofu", "otr")])
 def test_trust_statistic_is_the_weight_of_the_label(name):
     # Q = γ δ + (1 - γ) π̃ off the label is (1 - γ) π̃, and π̃ sums to one.
     problem = make_problem(13, 37, 6, 8)
@@ -266,7 +258,7 @@ def test_trust_statistic_is_the_weight_of_the_label(name):
     policy, guided = p, (p * prior).sqrt() / (p * prior).sqrt().sum(-1, keepdim=True)
     residual = {
         "label_smoothing": torch.full_like(p, 1 / p.size(1)),
-        **dict.fromkeys(("sft_kl", "asft", "distill", "distill_hybrid"), prior),
+        **dict.fromkeys(("sft_kl", "asft", "distill", "distill_hybrid", "gift"), prior),
         "target_sft": guided,
     }.get(name, policy)
     label_residual = residual.gather(1, problem.labels.clamp(min=0)[:, None]).squeeze(1)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from formulas import FORMULAS, make_problem, relative_error
+from formulas import FORMULAS
+from problems import make_problem, relative_error
 from torch.autograd import forward_ad
 
 from trl_qtarget import build_target, linear_qtarget_loss, qtarget_loss

@@ -9,18 +9,13 @@ import time
 
 import pytest
 import torch
-from formulas import (
-    FORMULAS,
-    HEADS,
-    RESIDUAL_FORMULAS,
-    TRUST_FORMULAS,
-    free_formula,
-    knobs_in,
-    make_problem,
-    relative_error,
-)
+from designs import RESIDUAL_FORMULAS, TRUST_FORMULAS, free_formula
+from formulas import FORMULAS
+from problems import HEADS, make_problem, relative_error
 
-from trl_qtarget import QTargetConfig, linear_qtarget_loss, qtarget_loss
+from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss, qtarget_loss
+from trl_qtarget.target.objective import designs_of, knobs_of
+from trl_qtarget.target.registry import Range
 
 
 pytestmark = pytest.mark.slow
@@ -42,8 +37,11 @@ KNOBS = {
 TOLERANCE = 1e-11
 
 
-def knob(draw: random.Random, name: str) -> float:
-    return draw.randint(2, 40) if name == "top_k" else draw.uniform(*KNOBS[name])
+def knob(draw: random.Random, name: str, allowed: Range) -> float:
+    if name == "top_k":
+        return draw.randint(2, 40)
+    low, high = KNOBS[name]
+    return draw.uniform(max(low, allowed.low + 0.02), min(high, allowed.high - 0.02))
 
 
 def check(seed: int) -> None:
@@ -51,12 +49,13 @@ def check(seed: int) -> None:
     if draw.random() < 0.5:
         name = draw.choice(list(FORMULAS))
         formula, design = FORMULAS[name], {"method": name}
-        used = knobs_in(formula)
     else:
         trust, residual = draw.choice(list(TRUST_FORMULAS)), draw.choice(list(RESIDUAL_FORMULAS))
         formula, design = free_formula(trust, residual), {"method": None, "trust": trust, "residual": residual}
-        used = knobs_in(TRUST_FORMULAS[trust]) | knobs_in(RESIDUAL_FORMULAS[residual])
-    knobs = {name: knob(draw, name) for name in sorted(used) if draw.random() < 0.7}
+    row = METHODS.get(design["method"])
+    used = knobs_of(row, designs_of(row, design.get("trust"), design.get("residual")))
+    knobs = {name: knob(draw, name, used[name].range) for name in sorted(used) if draw.random() < 0.7}
+    given = knobs if row else {**QTargetConfig(**design, **knobs).knobs}  # one that both designs have is one number
     vocabulary = draw.choice([2, 3, 37, 64, draw.randint(2, 300)])
     shape = (draw.randint(1, 24), vocabulary, draw.randint(2, 9), seed)
     problem = make_problem(*shape, bias=draw.random() < 0.7, head=draw.choice(list(HEADS)))
@@ -66,7 +65,7 @@ def check(seed: int) -> None:
     case = f"seed {seed}: {design} {knobs}, {shape}, {problem.head}, {kernel}"
 
     leaves = problem.leaves()
-    published = problem.per_token(formula, problem.logits(*leaves), **knobs)
+    published = problem.per_token(formula, problem.logits(*leaves), **given)
     truth = torch.autograd.grad(published.sum() / problem.scored.sum().clamp(min=1), leaves)
     dense = qtarget_loss(problem.logits(), problem.labels, config, reduction="none", **problem.dense_arguments())
     assert relative_error(dense, published, 1.0) < TOLERANCE, case

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formulas import make_problem
+from problems import make_problem
 from rounding import arguments_of, assert_no_worse, fused, published, results, truth_of
 from test_loss_memory import PeakMemory
 from torch.utils._python_dispatch import TorchDispatchMode

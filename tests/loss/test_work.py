@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from formulas import FORMULAS, IGNORE, make_problem
+from formulas import FORMULAS
+from problems import IGNORE, make_problem
 from torch import Tensor
 
 from trl_qtarget import QTargetConfig, linear_qtarget_loss, qtarget_loss

@@ -1,13 +1,13 @@
 """The documentation: its Python runs, its pages are all reachable, and its table is `METHODS`."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from trl_qtarget import METHODS
+from trl_qtarget.cli.methods import markdown
 from trl_qtarget.target.residual import RESIDUALS
 from trl_qtarget.target.trust import TRUSTS
 
@@ -59,18 +59,25 @@ def test_every_page_is_in_the_navigation():
     assert len(navigation) == len(set(navigation))
 
 
-def test_methods_table_is_made_from_the_methods(monkeypatch):
-    pytest.importorskip("mkdocs")
-    monkeypatch.setattr(sys, "path", [str(DOCS), *sys.path])
-    import hooks
-
-    table = hooks.methods_table()
-    lines = table.splitlines()[2:]
+def test_methods_table_is_made_from_the_methods():
+    page = (DOCS / "methods" / "index.md").read_text()
+    written = page.split("<!-- methods-table: written by `trl-qtarget methods --markdown` -->")[1]
+    assert written.split("<!-- end of methods-table -->")[0].strip() == markdown()
+    lines = [line for line in markdown().splitlines() if line.startswith("| `")]
     assert len(lines) == len(METHODS)
-    for line, (name, row) in zip(lines, METHODS.items(), strict=True):
-        assert line.startswith(f"| `{name}` |") and (row.arxiv or "") in line
-        assert len(re.findall(r"(?<!\\)\|", line)) == 8, "a bar within a cell is escaped"
-    assert "<!-- methods-table -->" in (DOCS / "methods" / "index.md").read_text()
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 8 for line in lines), "a bar within a cell is escaped"
+
+
+def test_every_method_has_its_section():
+    pages = "".join(page.read_text() for page in (DOCS / "methods").glob("*.md"))
+    headings = " ".join(re.findall(r"^##+ .*$", pages, re.MULTILINE)) + " `target_sft`"
+    assert [name for name in METHODS if f"`{name}`" not in headings] == []
+
+
+@pytest.mark.parametrize("shelf", [TRUSTS, RESIDUALS], ids=lambda shelf: shelf.kind)
+def test_every_design_is_named(shelf):
+    page = (DOCS / "methods" / "free.md").read_text()
+    assert [name for name in shelf if f"| `{name}` |" not in page] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))

@@ -1,21 +1,15 @@
-"""The objectives as their publications write them, and random problems to evaluate them on.
+"""The objectives as their publications write them.
 
 This is what the package is measured against, so nothing of the package is used here: plain PyTorch, a stop-gradient
 (`.detach()`) exactly where the publication has one, autograd for the rest. Every formula takes scored tokens only,
 `logits[N, V]`, `labels[N]`, and returns one loss per token `[N]`.
 """
 
-import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-
-
-IGNORE = -100
 
 
 def log_p(logits: Tensor) -> Tensor:
@@ -138,13 +132,165 @@ def target_sft(logits, labels, prior_logits=None, token_weights=None, sequence_i
     return cross_entropy(target, log_probs)
 
 
+# --- objectives of 2026 ---
+
+
+def infosft(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None, *, tau=0.93):
+    log_label = of_label(log_p(logits), labels)
+    p = log_label.detach().exp()
+    weight = p * torch.relu(1 - torch.logit(p, eps=1e-300) / math.log(tau / (1 - tau)))
+    return -weight * log_label
+
+
+def saft(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None, *, lam=0.5):
+    log_label = of_label(log_p(logits), labels)
+    p = log_label.detach().exp()
+    return -p / (lam + (1 - lam) * p) * log_label
+
+
+def deft(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None):
+    log_probs = log_p(logits)
+    exponent = (log_probs.exp() ** 2).sum(-1).detach()
+    return (1 - of_label(log_probs, labels).exp() ** exponent) / exponent  # differentiated through p
+
+
+def chord_phi(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None):
+    log_label = of_label(log_p(logits), labels)
+    p = log_label.detach().exp()
+    return -p * (1 - p) * log_label
+
+
+def trsft(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None, *, tau=0.1):
+    log_label = of_label(log_p(logits), labels)
+    p = log_label.detach().exp()
+    return -p / p.clamp(min=tau) * log_label
+
+
+def rank_tuner(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None):
+    log_probs = log_p(logits)
+    log_label, known = of_label(log_probs, labels), log_probs.detach().exp()
+    bits = torch.special.entr(known).sum(-1) / math.log(2)
+    expected = torch.where(bits >= 2, 2**bits / 4 + 1, 1 + (1 - known.max(-1).values))
+    rank = (logits >= of_label(logits, labels)[:, None]).sum(-1)
+    power = 1 / torch.log2(torch.maximum(expected, rank).clamp(min=1) + 1) ** 2
+    p = log_label.detach().exp()
+    return -p * (p * expected).clamp(min=1e-6) ** -power * log_label
+
+
+def trim_sft(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None, *, beta=1.5, tau=0.8):
+    log_label, rival = of_label(log_p(logits), labels), log_p(logits).detach().clone()
+    rival[torch.arange(len(labels)), labels] = -math.inf
+    margin = log_label.detach() - rival.max(-1).values
+    return -torch.exp(-((margin - beta) ** 2) / (2 * tau**2)) * log_label
+
+
+def idft(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None, *, beta=1.0):
+    """At the end of a training, where the schedule of its exponent has come to one."""
+    log_probs = log_p(logits)
+    p = of_label(log_probs, labels).exp().clamp(min=1e-10)
+    phi = p.detach().log() + torch.special.entr(log_probs.detach().exp()).sum(-1)
+    return -(p.detach() ** torch.exp(-phi / beta).clamp(0.1, 2)) * p.log()
+
+
+def prift(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None):
+    return -of_label(log_p(prior_logits), labels).exp().detach() * of_label(log_p(logits), labels)
+
+
+def prift_mass(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None, *, tau=0.5):
+    prior = prior_logits.softmax(-1).detach()
+    label = of_label(prior, labels)
+    kept = (prior * (prior < label[:, None])).sum(-1) + label >= tau
+    return -kept.to(prior.dtype) * of_label(log_p(logits), labels)
+
+
+def gift(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None, *, beta=20.0):
+    raised = log_p(prior_logits).detach().clone()
+    raised[torch.arange(len(labels)), labels] += beta
+    return cross_entropy(raised.softmax(-1), log_p(logits))
+
+
+def asft_k3(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None, *, lam=0.05):
+    log_label = of_label(log_p(logits), labels)
+    log_ratio = (of_label(log_p(prior_logits), labels).detach() - log_label).clamp(-10, 10)
+    return -log_label.exp().detach() * log_label + lam * (log_ratio.exp() - 1 - log_ratio)
+
+
+def asft_k1(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None, *, lam=0.05):
+    """Without `-lam log π_prior(y)`, which has no gradient."""
+    log_label = of_label(log_p(logits), labels)
+    return -log_label.exp().detach() * log_label + lam * log_label
+
+
+def mask_target(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None, *, lam=1.0):
+    log_probs = log_p(logits)
+    anchor = kl(log_without(prior_logits.detach(), labels).exp(), log_without(logits, labels))
+    return -of_label(log_probs, labels) + lam * anchor
+
+
+def lp_sft(
+    logits, labels, prior_logits=None, token_weights=None, sequence_ids=None, *, lam=1.0, top_k=10, temperature=1.0
+):
+    losses = -of_label(log_p(logits), labels)
+    anchors = []
+    for policy, prior, label in zip(logits, prior_logits.detach(), labels.tolist(), strict=True):
+        order = prior.argsort(descending=True).tolist()
+        support = [token for token in order[:top_k] if token != label]
+        if len(support) == 1:
+            support += [token for token in order[top_k:] if token != label][:1]
+        if len(support) < 2:
+            anchors.append(0.0 * policy.sum())
+            continue
+        anchors.append(cross_entropy((prior[support] / temperature).softmax(-1), log_p(policy[support])))
+    return losses + lam * torch.stack(anchors)
+
+
+def tofu(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None, *, alpha=3.0, beta=0.8):
+    log_label = of_label(log_p(logits), labels).detach()
+    p = log_label.exp()
+    weight = (1 - p) ** alpha - alpha * p * (1 - p) ** (alpha - 1) * log_label
+    return -weight * beta * of_label(log_p(logits / beta), labels)
+
+
+def otr(logits, labels, prior_logits=None, token_weights=None, sequence_ids=None, *, temperature=1.3, beta=-0.1):
+    """Its expectation over what is sampled."""
+    log_probs = log_p(logits)
+    q = (logits / temperature).softmax(-1).detach()
+    reward = torch.full_like(q, beta)
+    reward[torch.arange(len(labels)), labels] = 1.0
+    return cross_entropy(q * reward, log_probs)
+
+
+def log_without(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probabilities without the label, which gets a low finite number that no product with zero turns into NaN."""
+    label = torch.zeros_like(logits, dtype=torch.bool)
+    label[torch.arange(len(labels)), labels] = True
+    return log_p(logits.masked_fill(label, -1e4))
+
+
 def guide(log_policy: Tensor, log_prior: Tensor, eta: float) -> Tensor:
     """p^(1-eta) π^eta, normalised; by logarithms, as the product of two confident distributions underflows."""
     return log_p((1 - eta) * log_policy + eta * log_prior).exp()
 
 
 _ALL = (sft, dft, beyond_log, profit, eaft, iw_sft, cft, label_smoothing, sft_kl, asft, psft, gem, distill)
-FORMULAS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (*_ALL, distill_hybrid, target_sft)}
+_OF_2026 = (
+    infosft,
+    saft,
+    deft,
+    chord_phi,
+    trsft,
+    rank_tuner,
+    trim_sft,
+    idft,
+    prift,
+    prift_mass,
+    gift,
+    asft_k3,
+    asft_k1,
+)
+_OF_2026 = (*_OF_2026, mask_target, lp_sft, tofu, otr)
+OF_2026 = frozenset(f.__name__ for f in _OF_2026)
+FORMULAS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (*_ALL, distill_hybrid, target_sft, *_OF_2026)}
 
 # Knobs other than the defaults, for each method that has any.
 OTHER_KNOBS = {
@@ -160,221 +306,17 @@ OTHER_KNOBS = {
     "distill": [{"temperature": 2.5}, {"temperature": 0.6}],
     "distill_hybrid": [{"lam": 0.2, "temperature": 0.6}],
     "target_sft": [{"eta": 0.2}, {"eta": 1.0}],
+    "infosft": [{"tau": 0.7}],
+    "saft": [{"lam": 0.1}, {"lam": 1.0}],
+    "trsft": [{"tau": 0.5}],
+    "trim_sft": [{"beta": 0.2, "tau": 2.0}],
+    "idft": [{"beta": 3.0}],
+    "prift_mass": [{"tau": 0.05}],
+    "gift": [{"beta": 2.0}],
+    "asft_k3": [{"lam": 0.4}],
+    "asft_k1": [{"lam": 0.4}],
+    "mask_target": [{"lam": 0.3}],
+    "lp_sft": [{"top_k": 2, "lam": 0.5, "temperature": 2.0}],
+    "tofu": [{"alpha": 0.5, "beta": 1.4}],
+    "otr": [{"temperature": 0.8, "beta": 0.3}],
 }
-
-
-# --- free combinations: the designs one by one ---
-# `x` has log_probs, labels, prior_logits, token_weights, sequence_ids and embeddings of the scored tokens.
-
-
-def _log_ratio(x: SimpleNamespace) -> Tensor:
-    return of_label(x.log_probs, x.labels) - of_label(log_p(x.prior_logits), x.labels)
-
-
-def _clipped(ratio: Tensor, epsilon: float) -> Tensor:
-    return ratio * (ratio < 1 + epsilon)
-
-
-def _neighbors(x: SimpleNamespace, top_k: int, temperature: float) -> Tensor:
-    residual = torch.zeros_like(x.log_probs)
-    for row, label in enumerate(x.labels.tolist()):
-        cosine = torch.nn.functional.cosine_similarity(x.embeddings, x.embeddings[label], dim=-1)
-        others = sorted((-cosine[token].item(), token) for token in range(len(cosine)) if token != label)[:top_k]
-        weights = [math.exp(-minus / temperature) for minus, _ in others]
-        for (_, token), weight in zip(others, weights, strict=True):
-            residual[row, token] = weight / sum(weights)
-    return residual
-
-
-TRUST_FORMULAS = {
-    "one": lambda x, p: torch.ones_like(p),
-    "zero": lambda x, p: torch.zeros_like(p),
-    "constant": lambda x, p, *, lam=0.1: torch.full_like(p, 1 - lam),
-    "anchor": lambda x, p, *, lam=0.1: torch.full_like(p, 1 / (1 + lam)),
-    "probability": lambda x, p: p,
-    "probability_anchor": lambda x, p, *, lam=0.05: p / (p + lam),
-    "power": lambda x, p, *, alpha=1.0: p**alpha,
-    "threshold": lambda x, p, *, tau=0.1: (p > tau).to(p.dtype),
-    "entropy": lambda x, p, *, top_k=20, alpha=1.0: top_k_entropy(x.log_probs.exp(), top_k) ** alpha,
-    "importance": lambda x, p, *, temperature=1.0, clip_max=16.0: importance(
-        _log_ratio(x), x.sequence_ids, temperature, clip_max
-    ),
-    "clipped_ratio": lambda x, p, *, epsilon=0.28: _clipped(_log_ratio(x).exp(), epsilon),
-    "token_weights": lambda x, p: x.token_weights,
-}
-
-# The residual π̃, or a pair (π̃⁺, π̃⁻).
-RESIDUAL_FORMULAS = {
-    "policy": lambda x: x.log_probs.exp(),
-    "uniform": lambda x: torch.full_like(x.log_probs, 1 / x.log_probs.size(-1)),
-    "prior": lambda x, *, temperature=1.0: (x.prior_logits / temperature).softmax(-1),
-    "guided": lambda x, *, eta=0.5: guide(x.log_probs, log_p(x.prior_logits), eta),
-    "sharpened": lambda x, *, beta=0.7: (x.log_probs.exp(), (x.log_probs / beta).softmax(-1)),
-    "neighbors": lambda x, *, top_k=20, temperature=1.0: _neighbors(x, top_k, temperature),
-}
-
-OTHER_DESIGN_KNOBS = {
-    "lam": 0.4,
-    "alpha": 0.6,
-    "tau": 0.03,
-    "top_k": 3,
-    "temperature": 1.7,
-    "clip_max": 1.05,
-    "epsilon": 0.06,
-    "eta": 0.8,
-    "beta": 1.6,
-}
-
-
-def knobs_in(function: Callable) -> set[str]:
-    """Names of the knobs of a formula."""
-    return {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
-
-
-def free_combination(trust: Callable, residual: Callable, *, policy_residual: bool = False) -> Callable[..., Tensor]:
-    """CE to the detached target of a trust and a residual, without CE(sg[p], p), which is no news to anyone."""
-
-    def formula(
-        logits, labels, prior_logits=None, token_weights=None, sequence_ids=None, *, embeddings=None, **knobs
-    ) -> Tensor:
-        log_probs = log_p(logits)
-        known = log_probs.detach()
-        x = SimpleNamespace(
-            log_probs=known,
-            labels=labels,
-            prior_logits=known if prior_logits is None else prior_logits.detach(),
-            token_weights=token_weights,
-            sequence_ids=sequence_ids,
-            embeddings=embeddings,
-        )
-        gamma = trust(x, of_label(known, labels).exp(), **{k: v for k, v in knobs.items() if k in knobs_in(trust)})
-        measures = residual(x, **{k: v for k, v in knobs.items() if k in knobs_in(residual)})
-        positive, negative = measures if isinstance(measures, tuple) else (measures, measures)
-        target = positive - gamma[:, None] * negative
-        target[torch.arange(len(labels)), labels] += gamma
-        unseen = 0.0
-        if isinstance(measures, tuple):
-            unseen = cross_entropy(positive, known)
-        elif policy_residual:
-            unseen = (1 - gamma) * cross_entropy(positive, known)
-        return cross_entropy(target, log_probs) - unseen
-
-    return formula
-
-
-def free_formula(trust: str, residual: str) -> Callable[..., Tensor]:
-    """A free combination of two designs by name."""
-    return free_combination(
-        TRUST_FORMULAS[trust], RESIDUAL_FORMULAS[residual], policy_residual=residual in ("policy", "sharpened")
-    )
-
-
-# --- random problems ---
-
-
-@dataclass
-class Problem:
-    """Two heads and their hidden states, labels with some ignored, weights and sequences, all in float64."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    labels: Tensor
-    prior_hidden: Tensor
-    prior_weight: Tensor
-    prior_bias: Tensor | None
-    token_weights: Tensor
-    sequence_ids: Tensor
-    head: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def scored(self) -> Tensor:
-        return self.labels != IGNORE
-
-    def _transformed(self, logits: Tensor, bias: Tensor | None, scale: float, cap: float | None) -> Tensor:
-        logits = (logits if bias is None else logits + bias) * scale
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    def logits(self, hidden: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """The policy's logits `[N, V]`, as a function of other parameters if given."""
-        hidden = self.hidden if hidden is None else hidden
-        weight = self.weight if weight is None else weight
-        bias = self.bias if bias is None else bias
-        scale, cap = self.head.get("logit_scale", 1.0), self.head.get("logit_softcap")
-        return self._transformed(hidden @ weight.t(), bias, scale, cap)
-
-    def prior_logits(self) -> Tensor:
-        scale, cap = self.head.get("prior_logit_scale", 1.0), self.head.get("prior_logit_softcap")
-        return self._transformed(self.prior_hidden @ self.prior_weight.t(), self.prior_bias, scale, cap)
-
-    def leaves(self) -> list[Tensor]:
-        """Fresh copies of hidden, weight and bias (if any) that ask for a gradient."""
-        return [t.detach().clone().requires_grad_() for t in (self.hidden, self.weight, self.bias) if t is not None]
-
-    def per_token(self, formula: Callable[..., Tensor], logits: Tensor, prior: bool = True, **knobs) -> Tensor:
-        """A formula on these logits, `[N]`, zero where the label is ignored."""
-        rows = self.scored
-        prior_logits = self.prior_logits()[rows] if prior else None
-        if "embeddings" in inspect.signature(formula).parameters:
-            knobs["embeddings"] = self.weight
-        losses = formula(
-            logits[rows], self.labels[rows], prior_logits, self.token_weights[rows], self.sequence_ids[rows], **knobs
-        )
-        return logits.new_zeros(len(rows)).masked_scatter(rows, losses)
-
-    def dense_arguments(self, prior: bool = True) -> dict[str, Tensor]:
-        """Keyword arguments of the dense functions."""
-        arguments = {"token_weights": self.token_weights, "sequence_ids": self.sequence_ids, "embeddings": self.weight}
-        return {**arguments, "prior_logits": self.prior_logits()} if prior else arguments
-
-    def linear_arguments(self, prior: bool = True) -> dict[str, Tensor | float]:
-        """Keyword arguments of the fused loss, without the bias."""
-        arguments = {"token_weights": self.token_weights, "sequence_ids": self.sequence_ids, **self.head}
-        if prior:
-            names = ("prior_hidden", "prior_weight", "prior_bias")
-            arguments.update({name: getattr(self, name) for name in names})
-        return arguments
-
-
-HEADS = {
-    "plain": {},
-    "scaled": {"logit_scale": 0.6, "prior_logit_scale": 1.3},
-    "capped": {"logit_scale": 1.4, "logit_softcap": 5.0, "prior_logit_softcap": 7.0},
-}
-
-
-def make_problem(
-    tokens: int, vocabulary: int, width: int, seed: int, *, bias: bool = True, head: str = "plain"
-) -> Problem:
-    """A random problem; a fifth of the labels is ignored, and some rows are made very confident."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    hidden, weight = normal(tokens, width), normal(vocabulary, width)
-    labels = torch.randint(vocabulary, (tokens,), generator=generator)
-    for row in range(1, tokens, 4):  # confident: of the label, then of another token, in turn
-        token = labels[row] if row % 8 == 1 else (labels[row] + 1) % vocabulary
-        hidden[row] += 12 * weight[token] / weight[token].norm()
-    problem = Problem(
-        hidden=hidden,
-        weight=weight,
-        bias=normal(vocabulary) if bias else None,
-        labels=labels,
-        prior_hidden=hidden[:, : max(1, width - 2)] + 0.5 * normal(tokens, max(1, width - 2)),
-        prior_weight=weight[:, : max(1, width - 2)] + 0.3 * normal(vocabulary, max(1, width - 2)),
-        prior_bias=normal(vocabulary) if bias else None,
-        token_weights=torch.rand(tokens, generator=generator, dtype=torch.float64) * 1.5,
-        sequence_ids=torch.randint(3, (tokens,), generator=generator) * 7 - 4,
-        head=HEADS[head],
-    )
-    ignored = torch.rand(tokens, generator=generator) < 0.2
-    problem.labels = labels.masked_fill(ignored, IGNORE) if tokens > 1 else labels
-    return problem
-
-
-def relative_error(value: Tensor, truth: Tensor, floor: float = 0.0) -> float:
-    """Norm of the difference over the norm of the truth, or over `floor` (or 1) where the truth is smaller (or 0)."""
-    norm = max(truth.double().norm().item(), floor)
-    return (value.double() - truth.double()).norm().item() / (norm or 1.0)

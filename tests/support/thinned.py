@@ -4,12 +4,22 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+from formulas import OF_2026
+
+
+# Of the rows of 2026, one for each statistic that the kernels gather for it alone, and one of parts.
+_FOLDED_ANEW = ("rank_tuner", "trim_sft", "deft", "prift_mass", "otr")
 
 
 def thinned(cases: Iterable[Any], kept: Callable[..., bool]) -> list[Any]:
     """The cases for `parametrize`; those that `kept` does not take are marked slow. A tuple is one of many values."""
     given = [case if isinstance(case, tuple) else (case,) for case in cases]
     return [pytest.param(*case, marks=() if kept(*case) else pytest.mark.slow) for case in given]
+
+
+def by_kernels(name: str, *others: Any) -> bool:
+    """Whether a method's kernels do what those of no other do; the rest of the methods is for `make test-slow`."""
+    return name not in OF_2026 or name in _FOLDED_ANEW
 
 
 def one_of_each(cases: Iterable[tuple[Any, Any]]) -> set[tuple[Any, Any]]:

@@ -32,6 +32,7 @@ USES = {
     "token_weight_column": {"method": "cft"},
     "trust": {"method": None, "residual": "policy"},
     "residual": {"method": None, "trust": "one"},
+    "scale": {"method": None, "trust": "one", "residual": "policy"},
 }
 
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from formulas import FORMULAS, RESIDUAL_FORMULAS, make_problem, relative_error
+from designs import RESIDUAL_FORMULAS
+from formulas import FORMULAS
+from problems import make_problem, relative_error
 
 from trl_qtarget import QTargetConfig, build_target, linear_qtarget_loss, qtarget_loss
 

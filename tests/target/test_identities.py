@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from formulas import FORMULAS, IGNORE, Problem, make_problem, relative_error
+from formulas import FORMULAS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import IGNORE, Problem, make_problem, relative_error
 
 from trl_qtarget import QTargetConfig, build_target, linear_qtarget_loss, qtarget_loss
 
@@ -23,6 +24,8 @@ problems = st.builds(
     head=st.sampled_from(["plain", "scaled", "capped"]),
 )
 names = st.sampled_from(sorted(FORMULAS))
+# Targets that take mass from another distribution than they give it to.
+SIGNED = {"gem", "tofu", "otr", "mask_target", "lp_sft"}
 laws = settings(max_examples=40, deadline=None, derandomize=True)
 
 
@@ -76,7 +79,38 @@ IDENTITIES = {
     "eaft alpha=0 is sft": (QTargetConfig("eaft", alpha=0.0), "sft", True),
     "distill_hybrid lam=0 is sft": (QTargetConfig("distill_hybrid", lam=0.0), "sft", True),
     "distill_hybrid lam=1 is distill": (QTargetConfig("distill_hybrid", lam=1.0), "distill", False),
+    "tofu alpha=0 is gem": (QTargetConfig("tofu", alpha=0.0, beta=0.8), QTargetConfig("gem", beta=0.8), False),
+    "tofu alpha=0 beta=1 is sft": (QTargetConfig("tofu", alpha=0.0, beta=1.0), "sft", True),
+    "saft lam=1 is dft": (QTargetConfig("saft", lam=1.0), "dft", True),
+    "saft lam=0 is sft": (QTargetConfig("saft", lam=0.0), "sft", True),
+    "mask_target lam=0 is sft": (QTargetConfig("mask_target", lam=0.0), "sft", True),
+    "lp_sft lam=0 is sft": (QTargetConfig("lp_sft", lam=0.0), "sft", True),
+    "lp_sft of the whole vocabulary is mask_target": (QTargetConfig("lp_sft", top_k=10_000), "mask_target", False),
+    "asft_k3 lam=0 is dft": (QTargetConfig("asft_k3", lam=0.0), "dft", True),
+    "asft_k1 lam=0 is dft": (QTargetConfig("asft_k1", lam=0.0), "dft", True),
+    "trsft tau=1 is dft": (QTargetConfig("trsft", tau=1.0), "dft", True),
+    "prift_mass tau=0 is sft": (QTargetConfig("prift_mass", tau=0.0), "sft", True),
+    "otr beta=0 temperature=1 is dft": (QTargetConfig("otr", beta=0.0, temperature=1.0), "dft", True),
 }
+
+
+@pytest.mark.parametrize("beta", [-0.1, 0.4])
+def test_otr_at_temperature_one_is_a_share_of_dft(beta):
+    problem = make_problem(13, 37, 6, 1)
+    found, dft = evaluate(problem, QTargetConfig("otr", beta=beta, temperature=1.0)), evaluate(problem, "dft")
+    assert_same(found, {name: (1 - beta) * value for name, value in dft.items()}, value=False)
+
+
+def test_saft_is_asft_s_trust_made_larger():
+    problem, lam = make_problem(13, 37, 6, 1), 0.25 / 0.75
+    larger = QTargetConfig(method=None, trust="probability_anchor", residual="policy", scale="1 + lam", lam=lam)
+    assert_same(evaluate(problem, larger), evaluate(problem, QTargetConfig("saft", lam=0.25)))
+
+
+def test_gift_tends_to_distill_and_to_sft():
+    problem = make_problem(13, 37, 6, 1)
+    assert_same(evaluate(problem, QTargetConfig("gift", beta=1e-9)), evaluate(problem, "distill"), tolerance=1e-8)
+    assert_same(evaluate(problem, QTargetConfig("gift", beta=200.0)), evaluate(problem, "sft"))
 
 
 @pytest.mark.parametrize("identity", IDENTITIES)
@@ -89,7 +123,14 @@ def test_identity(identity, head):
 
 
 # (method, what it is when its prior is the policy, whether the values agree as well)
-SYNCED = {"psft": ("sft", False), "iw_sft": ("sft", True), "target_sft": ("dft", False)}
+SYNCED = {
+    "psft": ("sft", False),
+    "iw_sft": ("sft", True),
+    "target_sft": ("dft", False),
+    "prift": ("dft", True),
+    "asft_k3": ("dft", True),
+    "mask_target": ("sft", True),
+}
 
 
 @pytest.mark.parametrize("name", SYNCED)
@@ -264,12 +305,12 @@ def test_num_items_in_batch_divides(problem, name, items, as_tensor):
 
 
 @laws
-@given(problems, st.sampled_from(sorted(set(FORMULAS) - {"gem"})))
+@given(problems, st.sampled_from(sorted(set(FORMULAS) - SIGNED)))
 def test_divergence_to_a_proper_target_is_not_negative(problem, name):
     output = linear_qtarget_loss(
         problem.hidden, problem.weight, problem.labels, name, bias=problem.bias, **problem.linear_arguments()
     )
-    proper = output.trust <= 1
+    proper = (output.trust >= 0) & (output.trust <= 1)
     # KL is the difference of two cross-entropies of up to a few hundred nats: rounding may leave -1e-13.
     assert (output.kl[proper] >= -1e-13).all()
     assert output.kl[~proper].isnan().all()

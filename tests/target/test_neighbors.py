@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formulas import make_problem, relative_error
+from problems import make_problem, relative_error
 from rounding import HALF
 
 from trl_qtarget import QTargetConfig, build_target, gemm, linear_qtarget_loss

@@ -7,7 +7,9 @@ from typing import Annotated
 import postponed
 import pytest
 import torch
-from formulas import free_combination, importance, log_p, make_problem, of_label, relative_error
+from designs import POLICY_SHARES, free_combination
+from formulas import importance, log_p, of_label
+from problems import make_problem, relative_error
 
 from trl_qtarget import (
     QTargetConfig,
@@ -70,7 +72,7 @@ def test_a_trust_by_decorator():
     config = QTargetConfig(None, trust="root", residual="policy")
     assert config.knobs == {}
     assert_exact(
-        free_combination(lambda x, p: p.sqrt(), lambda x: x.log_probs.exp(), policy_residual=True), config, False
+        free_combination(lambda x, p: p.sqrt(), lambda x: x.log_probs.exp(), POLICY_SHARES["policy"]), config, False
     )
 
 
@@ -112,7 +114,7 @@ def test_a_trust_of_whole_sequences():
         return importance(of_label(x.log_probs, x.labels), x.sequence_ids, alpha, math.inf)
 
     policy = lambda x: x.log_probs.exp()  # noqa: E731
-    own = free_combination(formula, policy, policy_residual=True)
+    own = free_combination(formula, policy, POLICY_SHARES["policy"])
     for alpha in (1.0, 0.4):
         config = QTargetConfig(None, trust="sequence_probability", residual="policy", alpha=alpha)
         for prior in (False, True):
@@ -134,7 +136,7 @@ def test_a_trust_of_whole_sequences_reads_weights_and_prior():
 
     config = QTargetConfig(None, trust="weighted_sequence", residual="policy")
     assert config.uses_token_weights
-    assert_exact(free_combination(formula, lambda x: x.log_probs.exp(), policy_residual=True), config, True)
+    assert_exact(free_combination(formula, lambda x: x.log_probs.exp(), POLICY_SHARES["policy"]), config, True)
 
 
 def test_a_residual_by_decorator_with_a_knob():
@@ -218,7 +220,7 @@ def test_target_and_statistics_of_own_designs():
 
 def test_a_trust_may_return_another_dtype():
     register_trust("rare", lambda tile: tile.label_probs < 0.3)
-    formula = free_combination(lambda x, p: (p < 0.3).double(), lambda x: x.log_probs.exp(), policy_residual=True)
+    formula = free_combination(lambda x, p: (p < 0.3).double(), lambda x: x.log_probs.exp(), POLICY_SHARES["policy"])
     assert_exact(formula, QTargetConfig(None, trust="rare", residual="policy"), False)
 
 

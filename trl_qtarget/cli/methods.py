@@ -4,11 +4,13 @@ import argparse
 import inspect
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ..target.config import QTargetConfig
-from ..target.methods import METHODS, Method, designs_of, find_method, knobs_of, unit_scale
+from ..target.methods import GROUPS, METHODS, find_method
+from ..target.objective import Method, designs_of, knobs_of
+from ..target.values import unit_scale
 from .options import suggestion
 
 
@@ -16,17 +18,22 @@ def main(arguments: Sequence[str]) -> int:
     """Print the table, or one of its rows in full."""
     parser = argparse.ArgumentParser(prog="trl-qtarget methods", description="List the published objectives.")
     parser.add_argument("name", nargs="?", help="explain this one in full")
+    parser.add_argument("--group", choices=list(GROUPS), help="list only those of one group")
+    parser.add_argument("--markdown", action="store_true", help="the table as Markdown, as the documentation has it")
     parser.add_argument("--json", action="store_true", help="for programs: every fact, as JSON")
     chosen = parser.parse_args(arguments)
     if chosen.name and chosen.name not in METHODS:
         raise ValueError(
             f"`{chosen.name}` is no method{suggestion(chosen.name, METHODS)} Known: {', '.join(METHODS)}."
         )
+    names = [name for name, row in METHODS.items() if chosen.group in (None, row.group)]
     if chosen.json:
-        facts = describe(chosen.name) if chosen.name else [describe(name) for name in METHODS]
+        facts = describe(chosen.name) if chosen.name else [describe(name) for name in names]
         text = json.dumps(facts, indent=2, ensure_ascii=False)
+    elif chosen.name:
+        text = explain(chosen.name)
     else:
-        text = explain(chosen.name) if chosen.name else table()
+        text = markdown(names) if chosen.markdown else table(names)
     sys.stdout.write(text + "\n")
     return 0
 
@@ -42,10 +49,12 @@ def describe(name: str) -> dict[str, Any]:
         ValueError: no such method.
     """
     row = find_method(name)
-    trust, residual = designs_of(row, None, None)
-    knobs = knobs_of(row, trust, residual)
+    designs = designs_of(row, None, None)
+    trust, residual, _ = designs
+    knobs = knobs_of(row, designs)
     return {
         "method": name,
+        "group": row.group,
         "loss": row.loss,
         "trust": {"name": row.trust, "formula": trust.summary.rstrip(".")},
         "residual": {"name": row.residual, "formula": residual.summary.rstrip(".")},
@@ -63,25 +72,65 @@ def _knobs(row: Method) -> str:
     return ", ".join(f"{knob}={default:g}" for knob, default in row.knobs.items())
 
 
-def table() -> str:
-    """One line per method, in columns."""
-    lines = [("method", "loss of a token", "knobs", "prior", "arXiv")]
-    for name, row in METHODS.items():
-        lines.append((name, row.loss, _knobs(row), row.prior or "", row.arxiv or ""))
-    # The longest formula takes a line of its own rather than push the columns apart.
-    widths = [max(len(line[column]) for line in lines if len(line[column]) <= 48) for column in range(5)]
-    texts = []
-    for line in lines:
-        if len(line[1]) > widths[1]:
-            texts.append(f"{line[0]:<{widths[0]}}  {line[1]}")
-            line = ("", "", *line[2:])
-        texts.append("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+def _grouped(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """The groups that have any of these methods, with them."""
+    names = list(names)
+    for group in GROUPS:
+        if members := [name for name in names if METHODS[name].group == group]:
+            yield group, members
+
+
+def table(names: Iterable[str] = METHODS) -> str:
+    """One line per method, in columns, by group."""
+    heading = ("method", "loss of a token", "knobs", "prior", "arXiv")
+    lines = {
+        name: (name, row.loss, _knobs(row), row.prior or "", row.arxiv or "")
+        for name, row in ((name, METHODS[name]) for name in names)
+    }
+    # The longest formulas take a line of their own rather than push the columns apart.
+    columns = list(zip(heading, *lines.values(), strict=True))
+    widths = [max(len(cell) for cell in column if len(cell) <= 36) for column in columns]
+
+    def in_columns(line: tuple[str, ...]) -> str:
+        cells = zip(line, widths, strict=True)
+        return "  ".join(f"{cell:<{width}}" for cell, width in cells).rstrip()
+
+    texts = [in_columns(heading)]
+    for group, members in _grouped(lines):
+        texts += ["", f"{group}: {GROUPS[group]}"]
+        for name in members:
+            line = lines[name]
+            if len(line[1]) > widths[1]:
+                texts.append(f"{line[0]:<{widths[0]}}  {line[1]}")
+                line = ("", "", *line[2:])
+            texts.append(in_columns(line))
     texts += [
         "",
         "p: the policy's distribution; y: the label; sg: no gradient; π_prior: the prior (a reference model).",
         "",
     ]
     return "\n".join(texts) + "`trl-qtarget methods NAME` explains one; `--json` prints all."
+
+
+def markdown(names: Iterable[str] = METHODS) -> str:
+    """The same in Markdown, one table per group."""
+    texts = []
+    for group, members in _grouped(names):
+        texts += [
+            f"**{group.capitalize()}**: {GROUPS[group]}.",
+            "",
+            "| method | loss of a token | trust | residual | knobs (default) | prior | source |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name in members:
+            row = METHODS[name]
+            knobs = ", ".join(f"{knob} ({default:g})" for knob, default in row.knobs.items())
+            source = f"[{row.arxiv}](https://arxiv.org/abs/{row.arxiv})" if row.arxiv else ""
+            cells = (f"`{name}`", f"`{row.loss}`", f"`{row.trust}`", f"`{row.residual}`")
+            cells = (*cells, knobs, row.prior or "–", source)
+            texts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        texts.append("")
+    return "\n".join(texts).rstrip()
 
 
 def explain(name: str) -> str:

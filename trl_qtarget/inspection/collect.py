@@ -20,7 +20,7 @@ from ..loss.head import Observed
 from ..priors.base import virtual_tokens
 from ..priors.choice import PolicyFacts, PriorChoice, PriorKind, check_models, choose_prior
 from ..target.config import QTargetConfig
-from ..target.methods import TokenTarget
+from ..target.token_target import TokenTarget
 from ..training.trainer import QTargetSFTTrainer
 from .guest import load_policy, no_trace, precision
 from .summary import summarise
@@ -299,9 +299,7 @@ def _note_target(found: _Tokens, first: _Tokens, positions: Tensor, target: Toke
     found.positions += positions.tolist()
     labels = target.tile.labels[:, None]
     chosen = torch.tensor(first.values["ids"][start : len(found.positions)], device=labels.device)
-    trust, policy = target.trust[:, None], target.tile.policy.probs
-    probs = target.positive.probs - trust * target.negative.probs
-    probs = probs.scatter_add(1, labels, trust)
+    policy, probs = target.tile.policy.probs, target.probs()
     suspicion, preferred = _suspicion(probs, labels)
     # Of a step on the logits, Σ p (Q - p) s is what every token's probability gives to the others.
     drift = target.scale * torch.linalg.vecdot(policy, probs - policy)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..gemm import Head, mixed_gemm_supported, operand_dtype
-from ..target.methods import Objective
+from ..target.objective import Objective
 from .chunks import Batch, Kernel
 from .kernels.plain import PlainKernel
 
@@ -86,7 +86,7 @@ def _agrees(batch: dict[str, Any]) -> bool:
     objective, hidden, head = batch["objective"], batch["hidden"], batch["head"]
     knobs = tuple(sorted(objective.knobs.items()))
     key = (hidden.device, operand_dtype(hidden, head.weight), _is_aligned(head))
-    key = (*key, objective.trust.name, objective.residual.name, knobs, objective.uses_prior, head.logit_softcap)
+    key = (*key, *(design.name for design in objective.designs), knobs, objective.uses_prior, head.logit_softcap)
     if key not in _agreed:
         try:
             difference = disagreement(batch, _folding(objective))

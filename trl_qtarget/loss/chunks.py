@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .. import gemm
 from ..gemm import Head
-from ..target.methods import Objective, TokenTarget
+from ..target.objective import Objective
 from ..target.tile import Embeddings, LabelStatistics, Tile
+from ..target.token_target import TokenTarget
 
 
 # Logits of a chunk, each of the policy's and the prior's: 256 MiB in float32. Large enough for full-speed products
@@ -144,6 +145,7 @@ class Batch:
                     self.observer(block, target)
                 if any_grad:
                     self.kernel.write_gradient(grad_logits[local], target, inverse_count, slope)
+                del tile, target  # before what the next block's trust makes
             if hidden_grad:
                 gemm.backproject(gradients[0][chunk], grad_logits, self.weight, self.operands)
             if weight_grad:

@@ -26,7 +26,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..gemm import Head
 from ..target.checks import check_labels_inside
-from ..target.methods import Objective
+from ..target.objective import Objective
 from .body import UnfitHead, head_module, module_of_product, no_logits, rows, run_body, run_head
 from .linear import LinearQTargetOutput, Observer, fused_loss
 from .probe import LogitTransform, check_weight, logits_of, measure, probe_inputs, read_logit_transform

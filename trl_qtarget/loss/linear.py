@@ -5,7 +5,7 @@ only multiplies by the incoming scalar.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,11 +18,13 @@ from ..target.checks import (
     check_labels,
     check_num_items,
     check_per_token,
+    check_progress,
     check_token_weights,
     check_vocabulary,
 )
 from ..target.config import QTargetConfig
-from ..target.methods import Objective, TokenTarget
+from ..target.objective import Objective
+from ..target.token_target import TokenTarget
 from .choice import make_kernel
 from .chunks import Batch
 
@@ -43,7 +45,7 @@ class LinearQTargetOutput:
         nll: plain negative log-likelihood of the label, in nats.
         trust: γ.
         label_mass: Q(y), the probability that the target puts on the label.
-        kl: KL(Q‖p) in nats; NaN where Q has negative entries.
+        kl: KL(Q‖p) in nats; NaN where Q has negative entries, or more parts than one residual (`gem`, `mask_target`).
         entropy: entropy of the policy, in nats.
         is_top1: 1 where the label is the most probable token; among equals the first one is, as TRL counts.
         prior_is_top1: the same of the prior; NaN without one.
@@ -124,6 +126,7 @@ def linear_qtarget_loss(
     prior_logit_scale: float = 1.0,
     prior_logit_softcap: float | None = None,
     ignore_index: int = -100,
+    progress: float = 1.0,
 ) -> LinearQTargetOutput:
     """The loss of a configuration from hidden states and an LM head, equal to `qtarget_loss` on their logits.
 
@@ -142,6 +145,7 @@ def linear_qtarget_loss(
         logit_scale, logit_softcap: the head computes `softcap · tanh(scale · logits / softcap)`.
         prior_logit_scale, prior_logit_softcap: the same of the prior's head.
         ignore_index: label of tokens that are not scored.
+        progress: share of the training that is done, from 0 to 1, for a target that follows a schedule (`idft`).
 
     Returns:
         A [`LinearQTargetOutput`][trl_qtarget.LinearQTargetOutput] with `.loss` and per-token statistics.
@@ -158,7 +162,7 @@ def linear_qtarget_loss(
         raise ValueError("`prior_hidden` and `prior_weight` belong together: pass both or none.")
     if prior_bias is not None and prior_hidden is None:
         raise ValueError("`prior_bias` is a bias without a head: pass `prior_hidden` and `prior_weight` with it.")
-    objective = config.objective(has_prior=prior_hidden is not None)
+    objective = replace(config.objective(has_prior=prior_hidden is not None), progress=check_progress(progress))
     labels, _ = check_labels(labels, hidden.size(0), weight.size(0), ignore_index)
     check_token_weights(token_weights, len(labels), objective)
     check_per_token("sequence_ids", sequence_ids, len(labels))

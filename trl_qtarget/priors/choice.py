@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..target.config import QTargetConfig
-from ..target.methods import Objective
+from ..target.objective import Objective
 from .base import base_model_of
 from .fit import check_kind
 from .shards import in_zero3

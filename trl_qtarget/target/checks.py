@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .methods import Objective
+from .objective import Objective
 
 
 def check_labels(labels: Tensor, rows: int, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def check_per_token(name: str, value: Tensor | None, rows: int) -> None:
 def check_token_weights(weights: Tensor | None, rows: int, objective: Objective) -> None:
     """Raise unless the weights that the objective reads are there, of the right length, finite and not negative."""
     if weights is None:
-        for kind, design in (("trust", objective.trust), ("residual", objective.residual)):
+        for kind, design in objective.designs._asdict().items():
             if design.uses_token_weights:
                 raise ValueError(
                     f"`token_weights` is missing: the {kind} {design.name!r} reads one weight per token. Pass a "
@@ -104,3 +104,10 @@ def check_num_items(count: Tensor | int | float | None) -> None:
             f"`num_items_in_batch` must be one number >= 0, got {count}: pass the number of labelled tokens that the "
             "summed loss is divided by, or None to have them counted."
         )
+
+
+def check_progress(progress: float) -> float:
+    """The share of the training that is done; raise unless it is one."""
+    if not 0 <= progress <= 1:
+        raise ValueError(f"`progress={progress!r}` must be the share of the training that is done, from 0 to 1.")
+    return progress

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import replacing
-from .methods import METHODS, Method, Objective, designs_of, find_method, knobs_of, make_objective
+from .methods import METHODS, find_method
+from .objective import Designs, Method, Objective, designs_of, knobs_of, make_objective
 from .registry import KNOBS, Range
 
 
@@ -17,7 +18,7 @@ CONFIG_NAME = "qtarget_config.json"
 PRIORS = ("auto", "policy", "base", "start", "model", "lagged")
 KERNELS = ("auto", "torch", "triton")
 
-_NAMES = ("method", "trust", "residual")
+_NAMES = ("method", "trust", "residual", "scale")
 # What torch can take: sizes and indices of 64 bits, and knobs that are multiplied in float32.
 _LARGEST_SIZE = 2**63 - 1
 _LARGEST_NUMBER = 3.4e38
@@ -59,7 +60,9 @@ class QTargetConfig:
 
     Parameters:
         method (`str` or `None`, defaults to `"target_sft"`): a name in `METHODS`; `None` for a free combination.
-        trust, residual (`str`): the two designs of a free combination; only with `method=None`.
+        trust, residual (`str`): the two designs of a free combination; only with `method=None`. `trust` may be a
+            formula of a token's statistics, `"min(1, p / 0.1)"`.
+        scale (`str`): a formula for what multiplies the gradient of a free combination; None is 1.
         eta, alpha, tau, lam, beta, epsilon, top_k, temperature, clip_max: the knobs. One left `None` takes the default
             of the method or design; one that the chosen target does not use is an error.
         prior (`str`, defaults to `"auto"`): where the prior comes from. `"auto"`: what the method names (for
@@ -90,10 +93,17 @@ class QTargetConfig:
     )
     _: KW_ONLY
     trust: str | None = field(
-        default=None, metadata={"help": "Trust in the observed token, for a free combination (--method none)."}
+        default=None,
+        metadata={
+            "help": "Trust in the observed token, for a free combination (--method none): a name, or a formula such "
+            "as 'min(1, p / 0.1)'."
+        },
     )
     residual: str | None = field(
         default=None, metadata={"help": "Where the rest of the mass goes, for a free combination (--method none)."}
+    )
+    scale: str | None = field(
+        default=None, metadata={"help": "Formula that multiplies the gradient of a free combination. None: 1."}
     )
     eta: float | None = _knob("Share of the prior in the guided residual, in [0, 1].")
     alpha: float | None = _knob("Exponent of the trust, >= 0.")
@@ -156,19 +166,23 @@ class QTargetConfig:
                 )
         else:
             find_method(self.method)
-            for name in ("trust", "residual"):
+            for name in ("trust", "residual", "scale"):
                 if getattr(self, name) is not None:
                     raise ValueError(
                         f"`{name}` is fixed by `method={self.method!r}`: remove it, or set `method=None` for a free "
                         "combination."
                     )
-        designs_of(self.row, self.trust, self.residual)
+        _ = self.designs  # raises for a name or a formula that is none
 
     def _check_knobs(self) -> None:
-        used = knobs_of(self.row, *designs_of(self.row, self.trust, self.residual))
+        used = knobs_of(self.row, self.designs)
         for name in KNOBS:
             value = getattr(self, name)
             if value is None:
+                if name in used and used[name].default is None:
+                    raise ValueError(
+                        f"`{name}` has no value: {self.label} has it in a formula, which gives it no default. Set it."
+                    )
                 continue
             if name not in used:
                 raise ValueError(
@@ -178,8 +192,7 @@ class QTargetConfig:
 
     def _check_prior(self) -> None:
         self._check_choice("prior", PRIORS)
-        designs = designs_of(self.row, self.trust, self.residual)
-        if not any(design.uses_prior for design in designs):
+        if not any(design.uses_prior for design in self.designs):
             if self.prior not in ("auto", "policy"):
                 raise ValueError(f"`prior={self.prior!r}` is not used by {self.label}: leave it at 'auto'.")
         elif self.prior == "policy" and self.row is not None and self.row.prior != "auto":
@@ -234,12 +247,20 @@ class QTargetConfig:
     @property
     def label(self) -> str:
         """How messages call this target."""
-        return f"`method={self.method!r}`" if self.method else f"`trust={self.trust!r}`, `residual={self.residual!r}`"
+        if self.method:
+            return f"`method={self.method!r}`"
+        given = ("trust", "residual") if self.scale is None else ("trust", "residual", "scale")
+        return ", ".join(f"`{name}={getattr(self, name)!r}`" for name in given)
+
+    @property
+    def designs(self) -> Designs:
+        """Trust, residual and scale."""
+        return designs_of(self.row, self.trust, self.residual, self.scale)
 
     @property
     def knobs(self) -> dict[str, float]:
         """Every knob of this target, with defaults filled in."""
-        used = knobs_of(self.row, *designs_of(self.row, self.trust, self.residual))
+        used = knobs_of(self.row, self.designs)
         given = {name: getattr(self, name) for name in used}
         return {name: used[name].default if value is None else value for name, value in given.items()}
 
@@ -258,7 +279,7 @@ class QTargetConfig:
     @property
     def uses_token_weights(self) -> bool:
         """Whether the dataset has to bring a weight per token."""
-        return any(design.uses_token_weights for design in designs_of(self.row, self.trust, self.residual))
+        return any(design.uses_token_weights for design in self.designs)
 
     @property
     def target(self) -> dict[str, Any]:
@@ -268,6 +289,7 @@ class QTargetConfig:
             "method": self.method,
             "trust": self.trust,
             "residual": self.residual,
+            "scale": self.scale,
             **self.knobs,
             "prior": self.prior_source,
             "prior_sync_steps": self.sync_steps if lagged else None,
@@ -284,8 +306,7 @@ class QTargetConfig:
             ValueError: the target needs a prior and there is none.
         """
         own = self.prior_source == "policy" or (self.prior_source == "auto" and not has_prior)
-        trust, residual = designs_of(self.row, self.trust, self.residual)
-        objective = make_objective(self.row, trust, residual, self.knobs, own)
+        objective = make_objective(self.row, self.designs, self.knobs, own)
         if objective.uses_prior and not has_prior:
             raise ValueError(
                 f"{self.label} needs a prior and none is given: pass `prior_logits` or `prior_hidden` (to the "

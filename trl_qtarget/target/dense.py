@@ -4,15 +4,24 @@ Meant to study, test and inspect; `linear.py` computes the same without the `[N,
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import check_embeddings, check_labels, check_per_token, check_token_weights, check_vocabulary
+from .checks import (
+    check_embeddings,
+    check_labels,
+    check_per_token,
+    check_progress,
+    check_token_weights,
+    check_vocabulary,
+)
 from .config import QTargetConfig
-from .methods import Objective, TokenTarget
+from .objective import Objective
 from .tile import Embeddings, LabelStatistics, Tile, finite
+from .token_target import TokenTarget
 
 
 class Target(NamedTuple):
@@ -29,34 +38,34 @@ def _to_statistics_dtype(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _log_probs(logits: Tensor) -> Tensor:
-    return torch.log_softmax(_to_statistics_dtype(logits), dim=-1)
-
-
 class _ValueWithGradient(torch.autograd.Function):
-    """The numbers `value[n]`, with the derivatives of `(weights * log_probs).sum(-1)` for constant `weights[n, V]`.
+    """The numbers `value[n]`, with the derivatives of `-(s · Q · log_softmax(logits)).sum(-1)` for constant s and Q.
 
-    Not written as `value + x - x.detach()`: x is all but infinite where the target has mass on a masked token.
+    The first one is given, as `gradient[n, V] = s (p - Q)`: made here of p and Q, which has much of the policy, it
+    would be a small difference of large numbers.
     """
 
     @staticmethod
-    def forward(log_probs: Tensor, weights: Tensor, value: Tensor) -> Tensor:
+    def forward(logits: Tensor, gradient: Tensor, scale: Tensor, value: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
+    def setup_context(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
         ctx.save_for_forward(inputs[1])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (weights,) = ctx.saved_tensors
-        return grad[:, None] * weights, None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, gradient, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody asks for the second derivative, which is that of s p
+            probs = torch.softmax(logits, dim=-1)
+            gradient = gradient + scale[:, None] * (probs - probs.detach())
+        return grad[:, None] * gradient, None, None, None
 
     @staticmethod
     def jvp(ctx, tangent: Tensor, *of_constants: Tensor | None) -> Tensor:
-        (weights,) = ctx.saved_tensors
-        return torch.linalg.vecdot(weights, tangent)
+        (gradient,) = ctx.saved_tensors
+        return torch.linalg.vecdot(gradient, tangent)
 
 
 @torch.no_grad()
@@ -69,6 +78,7 @@ def _token_target(
     sequence_ids: Tensor | None,
     embeddings: Tensor | None,
     ignore_index: int,
+    progress: float,
 ) -> tuple[Objective, TokenTarget, Tensor]:
     """Check the arguments; return the objective, the target of the scored tokens, and their mask `[N]`."""
     # A target is a constant in forward mode too, which `no_grad` leaves on.
@@ -78,6 +88,7 @@ def _token_target(
     if logits.dim() != 2:
         raise ValueError(f"`logits` must have shape [N, V], got {list(logits.shape)}: flatten the leading dimensions.")
     objective = QTargetConfig.coerce(config).objective(has_prior=prior_logits is not None)
+    objective = replace(objective, progress=check_progress(progress))
     labels, scored = check_labels(labels, *logits.shape, ignore_index)
     check_token_weights(token_weights, len(labels), objective)
     check_per_token("sequence_ids", sequence_ids, len(labels))
@@ -90,13 +101,15 @@ def _token_target(
     def rows(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[scored]
 
-    log_probs = finite(_log_probs(logits[scored]))
+    scored_logits = _to_statistics_dtype(logits[scored])
+    log_probs = finite(torch.log_softmax(scored_logits, dim=-1), in_place=True)
     tile = Tile(
         log_probs=log_probs,
         labels=labels[scored],
         prior_logits=finite(prior_logits[scored].to(log_probs.dtype)) if objective.uses_prior else None,
         token_weights=rows(token_weights),
         output_embeddings=None if embeddings is None else Embeddings(embeddings, labels[scored]),
+        logits=scored_logits if {"rank", "margin"} & objective.statistics else None,
     )
     trust = None
     if objective.trust.per_sequence:
@@ -104,13 +117,6 @@ def _token_target(
         statistics = LabelStatistics(tile.label_log_probs, prior, tile.token_weights, rows(sequence_ids))
         trust = objective.token_trust(statistics)
     return objective, objective.target(tile, trust), scored
-
-
-def _target_probs(target: TokenTarget) -> Tensor:
-    """Q `[n, V]` of the scored tokens: `γ δ(y) + π̃⁺ - γ π̃⁻`."""
-    trust = target.trust[:, None]
-    probs = target.positive.probs - trust * target.negative.probs
-    return probs.scatter_add(1, target.tile.labels[:, None], trust)
 
 
 def build_target(
@@ -123,6 +129,7 @@ def build_target(
     sequence_ids: Tensor | None = None,
     embeddings: Tensor | None = None,
     ignore_index: int = -100,
+    progress: float = 1.0,
 ) -> Target:
     """The target distribution that a configuration makes of these logits (arXiv 2606.11189).
 
@@ -136,6 +143,7 @@ def build_target(
         sequence_ids: `[N]`, which document a token belongs to, for per-sequence trusts; None means one sequence.
         embeddings: `[V, H]`, the output embeddings, for the residual `neighbors`.
         ignore_index: label of tokens that are not scored.
+        progress: share of the training that is done, from 0 to 1, for a target that follows a schedule (`idft`).
 
     Returns:
         `Target(probs=[N, V], scale=[N])`, in float32 (float64 for float64 logits), without gradient.
@@ -144,10 +152,10 @@ def build_target(
         ValueError: an argument is missing, misshapen or out of range.
     """
     _, target, scored = _token_target(
-        logits, labels, config, prior_logits, token_weights, sequence_ids, embeddings, ignore_index
+        logits, labels, config, prior_logits, token_weights, sequence_ids, embeddings, ignore_index, progress
     )
     probs = torch.softmax(_to_statistics_dtype(logits.detach()), dim=-1)
-    probs[scored] = _target_probs(target)
+    probs[scored] = target.probs()
     scale = probs.new_zeros(len(labels))
     scale[scored] = target.scale
     return Target(probs, scale)
@@ -163,6 +171,7 @@ def qtarget_loss(
     sequence_ids: Tensor | None = None,
     embeddings: Tensor | None = None,
     ignore_index: int = -100,
+    progress: float = 1.0,
     reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> Tensor:
     """The loss of a configuration on dense logits: value of the published objective, gradient `s * (p - Q)`.
@@ -177,16 +186,15 @@ def qtarget_loss(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"`reduction={reduction!r}` is unknown: choose 'mean', 'sum' or 'none'.")
     objective, target, scored = _token_target(
-        logits, labels, config, prior_logits, token_weights, sequence_ids, embeddings, ignore_index
+        logits, labels, config, prior_logits, token_weights, sequence_ids, embeddings, ignore_index, progress
     )
-    log_probs = _log_probs(logits[scored])
+    scored_logits = _to_statistics_dtype(logits[scored])
     with torch.no_grad():
-        probs, value = _target_probs(target), objective.value(target)
-        weights = -target.scale[:, None] * probs
+        value, gradient = objective.value(target), target.logits_gradient()
     # The gradient is that of the cross-entropy to the detached target; the value is the publication's.
-    losses = _ValueWithGradient.apply(log_probs, weights, value)
+    losses = _ValueWithGradient.apply(scored_logits, gradient, target.scale, value)
     # `masked_scatter` keeps the graph connected where no token is scored.
-    per_token = log_probs.new_zeros(len(labels)).masked_scatter(scored, losses)
+    per_token = losses.new_zeros(len(labels)).masked_scatter(scored, losses)
     if reduction == "none":
         return per_token
     total = per_token.sum()

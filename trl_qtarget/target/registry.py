@@ -20,12 +20,13 @@ KNOBS = ("eta", "alpha", "tau", "lam", "beta", "epsilon", "top_k", "temperature"
 
 @dataclass(frozen=True)
 class Range:
-    """Closed interval of allowed values; `open_low` excludes the lower end, `whole` asks for an integer."""
+    """Interval of allowed values; `open_low` and `open_high` exclude an end, `whole` asks for an integer."""
 
     low: float = -math.inf
     high: float = math.inf
     open_low: bool = False
     whole: bool = False
+    open_high: bool = False
 
     def __contains__(self, value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -33,24 +34,29 @@ class Range:
         if self.whole and not isinstance(value, int):
             return False
         above = value > self.low if self.open_low else value >= self.low
-        return above and value <= self.high
+        return above and (value < self.high if self.open_high else value <= self.high)
 
     def __and__(self, other: "Range") -> "Range":
         """The values that both ranges allow."""
         low, high = max(self.low, other.low), min(self.high, other.high)
         open_low = any(each.open_low for each in (self, other) if each.low == low)
-        return Range(low, high, open_low, self.whole or other.whole)
+        open_high = any(each.open_high for each in (self, other) if each.high == high)
+        return Range(low, high, open_low, self.whole or other.whole, open_high)
 
     def __str__(self) -> str:
         kind = "an integer" if self.whole else "a number"
         if math.isfinite(self.high):
-            return f"{kind} in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
+            ends = "(" if self.open_low else "[", ")" if self.open_high else "]"
+            return f"{kind} in {ends[0]}{self.low:g}, {self.high:g}{ends[1]}"
         if math.isfinite(self.low):
             return f"{kind} {'>' if self.open_low else '>='} {self.low:g}"
         return f"{kind} that is finite"
 
 
 Unit = Annotated[float, Range(0, 1)]
+PositiveUnit = Annotated[float, Range(0, 1, open_low=True)]
+MoreThanHalf = Annotated[float, Range(0.5, 1, open_low=True, open_high=True)]
+Share = Annotated[float, Range(-1, 1)]
 NonNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, open_low=True)]
 Count = Annotated[int, Range(1, whole=True)]
@@ -63,6 +69,10 @@ class Knob:
 
     default: float
     range: Range
+
+
+# What a design may name as its `statistics`: properties of a tile.
+TILE_STATISTICS = ("rank", "margin", "collision", "prior_mass_below")
 
 
 def read_knobs(function: Callable) -> dict[str, Knob]:
@@ -113,11 +123,16 @@ class Design:
     per_sequence: bool = False
     uses_token_weights: bool = False
     uses_embeddings: bool = False
+    # Statistics of a tile that it reads (`TILE_STATISTICS`) and that are gathered only where they are asked for.
+    statistics: tuple[str, ...] = ()
     # (knobs, prior_is_policy) -> whether this residual is the policy's own distribution with these settings
     is_policy: Callable[[dict[str, float], bool], bool] = field(default=lambda knobs, prior_is_policy: False)
     knobs: dict[str, Knob] = field(init=False)
 
     def __post_init__(self):
+        unknown = [name for name in self.statistics if name not in TILE_STATISTICS]
+        if unknown:
+            raise ValueError(f"`statistics={unknown[0]!r}` is unknown: name some of {', '.join(TILE_STATISTICS)}.")
         object.__setattr__(self, "knobs", read_knobs(self.function))
 
     def __call__(self, tile: Any, knobs: dict[str, float]) -> Any:

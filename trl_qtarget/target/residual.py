@@ -3,19 +3,22 @@
 Each residual is a function from a tile of tokens to the log-probabilities of π̃ `[n, V]`, in the target
 `Q = γ δ(y) + (1 - γ) π̃`. Its keyword-only parameters are its knobs.
 
-One published objective (GEM) takes mass away from another distribution than the one it gives mass to. A residual may
-therefore return two measures, `(positive, negative)`, and then `Q = γ δ(y) + π̃⁺ - γ π̃⁻`; they are equal in every
-other residual. (The unifying table of arXiv 2606.11189 uses the same π̃⁺ and π̃⁻.)
+Some published objectives take mass away from another distribution than the one they give mass to. A residual may
+therefore return two measures, `(positive, negative)`, and then `Q = γ δ(y) + π̃⁺ - γ π̃⁻` (the unifying table of
+arXiv 2606.11189 uses the same π̃⁺ and π̃⁻); or a list of parts, each a measure with a share that is affine in γ. The
+first part is what an objective leaves with the policy, if it is the policy.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .registry import Count, Positive, Shelf, Unit
-from .tile import Measure, Tile, floor_of, tempered
+from .registry import AtLeastTwo, Count, NonNegative, Positive, Share, Shelf, Unit
+from .tile import Measure, Tile, floor_of, tempered, without
+from .token_target import Part
 
 
 RESIDUALS = Shelf("residual", ("uses_prior", "uses_embeddings", "uses_token_weights", "is_policy"))
@@ -98,3 +101,50 @@ def neighbors(tile: Tile, *, top_k: Count = 20, temperature: Positive = 1.0) -> 
     cosines, tokens = tile.nearest(top_k)
     log_probs = torch.full_like(tile.log_probs, floor_of(tile.log_probs.dtype))
     return log_probs.scatter_(1, tokens, tempered(cosines, temperature))
+
+
+@register_residual("flattened")
+def flattened(tile: Tile, *, temperature: Positive = 1.3, beta: Share = -0.1) -> list[Part]:
+    """Q = γ δ + (1 - beta - γ) p + beta q, q = softmax(z/temperature): wrong samples are rewarded by beta."""
+    return [Part(tile.policy, 1.0 - beta, -1.0), Part(tile.mixture(policy=1 / temperature), beta, 0.0)]
+
+
+@register_residual("spared_prior", uses_prior=True)
+def spared_prior(tile: Tile, *, lam: NonNegative = 1.0) -> list[Part]:
+    """Q = γ δ + (1 - γ) p + lam (π̄ - p̄), prior and policy without the label: an anchor that leaves the label alone."""
+    return _anchored(tile, without(tile.prior_log_probs, tile.labels), without(tile.log_probs, tile.labels), lam)
+
+
+def _anchored(tile: Tile, prior: Tensor, policy: Tensor, share: float) -> list[Part]:
+    return [
+        Part(tile.policy, 1.0, -1.0),
+        Part(tile.measure(prior), share, 0.0),
+        Part(tile.measure(policy), -share, 0.0),
+    ]
+
+
+@register_residual("spared_top", uses_prior=True)
+def spared_top(
+    tile: Tile, *, lam: NonNegative = 1.0, top_k: AtLeastTwo = 10, temperature: Positive = 1.0
+) -> list[Part]:
+    """The same among the prior's top_k tokens without the label, at least two of them; the prior at `temperature`."""
+    inside = _top_without_label(tile.prior_log_probs, tile.labels, top_k)
+    floor = floor_of(tile.log_probs.dtype)
+    prior = tempered(tile.prior_log_probs.masked_fill(~inside, floor), temperature)
+    policy = tempered(tile.log_probs.masked_fill(~inside, floor), 1.0)
+    share = lam if tile.log_probs.size(-1) > 2 else 0.0  # one other token: nothing to anchor among themselves
+    return [
+        Part(tile.policy, 1.0, -1.0),
+        Part(tile.measure(prior), share, 0.0),
+        Part(tile.measure(policy), -share, 0.0),
+    ]
+
+
+def _top_without_label(log_probs: Tensor, labels: Tensor, k: int) -> Tensor:
+    """`[n, V]`, which tokens are among the k most probable; the label is put aside, two are left at least."""
+    others = log_probs.scatter(1, labels[:, None], -math.inf)
+    found = others.topk(min(k, max(1, log_probs.size(-1) - 1)), dim=-1)
+    label = log_probs.gather(1, labels[:, None])
+    label_is_among = ((others > label).sum(-1) < k).long()
+    kept = torch.arange(found.indices.size(1), device=labels.device) < (k - label_is_among).clamp(min=2)[:, None]
+    return torch.zeros_like(log_probs, dtype=torch.bool).scatter(1, found.indices, kept)

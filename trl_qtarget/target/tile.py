@@ -107,6 +107,33 @@ def entropy_of(logits: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
+# Of logits and not of their log-softmax, which is rounded anew: tokens that differ there may be equal here.
+
+
+def rank_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many of every row of `logits[n, V]` are at least the label's, `[n]`, in the dtype of the logits."""
+    return (logits >= logits.gather(1, labels[:, None])).sum(-1).to(logits.dtype)
+
+
+def margin_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """By how much the label's of `logits[n, V]` exceeds the largest other one, `[n]`."""
+    others = logits.scatter(1, labels[:, None], floor_of(logits.dtype))
+    return finite(logits.gather(1, labels[:, None]).squeeze(1) - others.amax(-1))
+
+
+def odds_below(logits: Tensor, labels: Tensor) -> Tensor:
+    """Probability `[n]` of the tokens whose finite `logits[n, V]` are below the label's, divided by the label's."""
+    behind = logits.gather(1, labels[:, None]) - logits
+    return F.threshold_(behind, 0.0, math.inf).neg_().exp_().sum(-1)  # one tensor of that size, and no mask beside it
+
+
+def without(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """Log-probabilities `[n, V]` of a distribution without the label, renormalised among the other tokens."""
+    floor = floor_of(log_probs.dtype)
+    others = log_probs.scatter(1, labels[:, None], floor)
+    return finite(torch.log_softmax(others, dim=-1, out=others), in_place=True)
+
+
 def sequence_means(values: Tensor, sequence_ids: Tensor | None) -> Tensor:
     """Replace each of `values[N]` by the mean over its sequence; without `sequence_ids[N]` all are one sequence."""
     if sequence_ids is None:
@@ -131,6 +158,7 @@ class LabelStatistics:
     prior_label_log_probs: Tensor | None = None
     token_weights: Tensor | None = None
     sequence_ids: Tensor | None = None
+    progress: float = 1.0
 
     @property
     def label_probs(self) -> Tensor:
@@ -157,8 +185,12 @@ class Measure:
         return self.log_probs.exp()
 
     @cached_property
+    def label_log_probs(self) -> Tensor:
+        return self.log_probs.gather(1, self.labels[:, None]).squeeze(1)
+
+    @property
     def label_probs(self) -> Tensor:
-        return self.log_probs.gather(1, self.labels[:, None]).squeeze(1).exp()
+        return self.label_log_probs.exp()
 
     @cached_property
     def entropy(self) -> Tensor:
@@ -216,8 +248,10 @@ class Tile:
         labels: `[n]`, the observed tokens.
         prior_logits: `[n, V]`, logits of the prior, up to a constant per row; without them the prior is the policy.
         token_weights: `[n]` or None, the dataset's per-token weights.
+        progress: share of the training that is done, from 0 to 1.
         output_embeddings: the output embeddings, or None; `embeddings` is their matrix.
         reuse_buffers: whether `prior_logits` may be overwritten by its own log-softmax.
+        logits: `[n, V]`, logits of the policy, for what is compared exactly; without them `log_probs`.
     """
 
     log_probs: Tensor
@@ -226,10 +260,14 @@ class Tile:
     token_weights: Tensor | None = None
     output_embeddings: Embeddings | None = None
     reuse_buffers: bool = field(default=False, repr=False)
+    progress: float = 1.0
+    logits: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self):
         if self.prior_logits is None:
             self.prior_logits = self.log_probs
+        if self.logits is None:
+            self.logits = self.log_probs
 
     def measure(self, log_probs: Tensor) -> Measure:
         """The distribution with these `log_probs[n, V]`."""
@@ -302,6 +340,32 @@ class Tile:
     def prior_is_top1(self) -> Tensor:
         """`[n]`, whether the label is the prior's most probable token."""
         return _is_first_of_largest(self.prior_logits, self.labels)
+
+    @cached_property
+    def rank(self) -> Tensor:
+        """`[n]`, how many tokens are at least as probable as the label, itself included (arXiv 2602.01745)."""
+        return rank_of(self.logits, self.labels)
+
+    @cached_property
+    def margin(self) -> Tensor:
+        """`[n]`, by how much the label's logit exceeds that of the best other token; large for one token alone."""
+        return margin_of(self.logits, self.labels)
+
+    @cached_property
+    def collision(self) -> Tensor:
+        """`[n]`, Σ_v p_v², the probability that two draws from the policy agree."""
+        return torch.linalg.vecdot(self.probs, self.probs)
+
+    @cached_property
+    def largest_prob(self) -> Tensor:
+        """`[n]`, the policy's largest probability."""
+        return self.log_probs.amax(-1).exp()
+
+    @cached_property
+    def prior_mass_below(self) -> Tensor:
+        """`[n]`, Σ_v π_prior(v) over the tokens that the prior finds less probable than the label."""
+        odds = odds_below(self.prior_logits, self.labels)
+        return odds * self.prior_label_log_probs.exp()
 
     def top_k_entropy(self, k: int) -> Tensor:
         """`[n]`, entropy of the `k` most probable tokens, renormalised among themselves, divided by `ln k`.

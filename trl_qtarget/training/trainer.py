@@ -35,7 +35,7 @@ from ..priors.base import PriorCallback, base_model_of, virtual_tokens
 from ..priors.build import build_prior
 from ..priors.choice import PolicyFacts, PriorChoice, PriorKind, check_models, choose_prior
 from ..target.config import QTargetConfig
-from ..target.methods import Objective
+from ..target.objective import Objective
 from .data import (
     SEQUENCES_KEY,
     WEIGHTS_KEY,
@@ -237,7 +237,7 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         Raises:
             ValueError: the batch lacks a column that the target reads, or it does not fit the labels.
         """
-        objective = self.prior_choice.objective
+        objective = replace(self.prior_choice.objective, progress=self._progress())
         weights, sequences = inputs.pop(WEIGHTS_KEY, None), inputs.pop(SEQUENCES_KEY, None)
         if self.qtarget_config.uses_token_weights:
             check_batch(WEIGHTS_KEY, weights, inputs["labels"], self.qtarget_config.label)
@@ -251,6 +251,11 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         return TargetRequest(
             objective, prior, weights, sequences, config.chunk_tokens, config.kernel, next_tokens=next_tokens
         )
+
+    def _progress(self) -> float:
+        """The share of the training that is done; 1 where nothing is being trained."""
+        steps = self.state.max_steps if self.is_in_train else 0
+        return min(self.state.global_step / steps, 1.0) if steps > 0 else 1.0
 
     def observe(self, row: dict[str, Any], observed: Sequence[Observed]) -> dict[str, Any] | None:
         """Show what targets ask for in one example, by the very loss that trains toward them. Nothing is trained.

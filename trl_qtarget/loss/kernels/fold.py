@@ -21,7 +21,12 @@ PRIOR_IS_TOP1 = tl.constexpr(8)
 MIXTURE_LOG_SUM = tl.constexpr(9)  # log Σ exp(A (z - max) + B (t - max))
 MIXTURE_POLICY_MEAN = tl.constexpr(10)  # mean of z - max under the mixture
 MIXTURE_PRIOR_MEAN = tl.constexpr(11)  # mean of t - max under the mixture
-ROWS = 12
+# Only where a design asks for them.
+RANK = tl.constexpr(12)  # number of columns whose z is at least the label's
+RIVAL = tl.constexpr(13)  # largest z but for the label's
+COLLISION = tl.constexpr(14)  # Σ p²
+PRIOR_BELOW = tl.constexpr(15)  # prior mass of the columns whose t is below the label's
+ROWS = 16
 
 # Columns of a lane in one step. What a lane keeps is brought up to date once for all of them, not for each.
 GROUP = tl.constexpr(4)
@@ -63,6 +68,10 @@ def fold_kernel(
     HAS_MIXTURE: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
+    HAS_RANK: tl.constexpr,
+    HAS_RIVAL: tl.constexpr,
+    HAS_COLLISION: tl.constexpr,
+    HAS_PRIOR_BELOW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per row. Every lane folds its own columns; the lanes are joined once, at the end.
@@ -88,6 +97,18 @@ def fold_kernel(
         t_max, t_sum, t_before = zeros + FLOOR, zeros, zeros + FLOOR
     if HAS_MIXTURE:
         m_max, m_sum, m_policy, m_prior = zeros + FLOOR, zeros, zeros, zeros
+    if HAS_RANK:
+        rank = zeros
+        bar = tl.load(policy_row + label, mask=known, other=FLOOR)
+        bar = tl.where(bar < FLOOR, FLOOR, bar)
+    if HAS_RIVAL:
+        rival = zeros + FLOOR
+    if HAS_COLLISION:
+        z_square = zeros
+    if HAS_PRIOR_BELOW:
+        t_below = zeros
+        t_bar = tl.load(prior_row + label, mask=known, other=FLOOR)
+        t_bar = tl.where(t_bar < FLOOR, FLOOR, t_bar)
 
     for start in range(0, vocabulary, BLOCK):
         columns = start + offsets
@@ -105,6 +126,12 @@ def fold_kernel(
         z_mean = shrink * (z_mean - z_step * z_sum) + tl.sum(weight * z_rest, 0)
         z_sum = shrink * z_sum + tl.sum(weight, 0)
         z_max = z_new
+        if HAS_RANK:
+            rank += tl.sum((inside & (z >= bar)).to(dtype), 0)
+        if HAS_RIVAL:
+            rival = tl.maximum(rival, tl.max(tl.where(columns == label, FLOOR, z), 0))
+        if HAS_COLLISION:
+            z_square = shrink * shrink * z_square + tl.sum(weight * weight, 0)
         if HAS_PRIOR:
             t = tl.where(t < FLOOR, FLOOR, t)
             t_new = tl.maximum(t_max, tl.max(t, 0))
@@ -113,6 +140,8 @@ def fold_kernel(
             t_rest = t - t_new[None, :]
             if PRIOR_SUM:
                 t_sum = exp(-t_step) * t_sum + tl.sum(exp(t_rest), 0)
+            if HAS_PRIOR_BELOW:
+                t_below = exp(-t_step) * t_below + tl.sum(tl.where(t < t_bar, exp(t_rest), 0.0), 0)
             t_max = t_new
         if HAS_MIXTURE:
             # Measured from the maxima of `z` and `t`: when these move, so does all that was summed before.
@@ -148,6 +177,12 @@ def fold_kernel(
     tl.store(out + POLICY_LOG_SUM * out_stride, tl.log(total))
     tl.store(out + POLICY_MEAN * out_stride, tl.sum(shrink * (z_mean - z_step * z_sum), 0) / total)
     tl.store(out + LABEL_LOGIT * out_stride, label_logit)
+    if HAS_RANK:
+        tl.store(out + RANK * out_stride, tl.sum(rank, 0))
+    if HAS_RIVAL:
+        tl.store(out + RIVAL * out_stride, tl.max(rival, 0))
+    if HAS_COLLISION:
+        tl.store(out + COLLISION * out_stride, tl.sum(shrink * shrink * z_square, 0) / (total * total))
     tl.store(out + IS_TOP1 * out_stride, (first & (total == total)).to(dtype))  # a NaN that is not the label's
     if HAS_PRIOR:
         t_top = tl.max(t_max, 0)
@@ -158,7 +193,10 @@ def fold_kernel(
         first = is_first(prior_row, label, label_logit, t_top, t_before, offsets, BLOCK, FLOOR)
         tl.store(out + PRIOR_MAX * out_stride, t_top)
         if PRIOR_SUM:
-            tl.store(out + PRIOR_LOG_SUM * out_stride, tl.log(tl.sum(exp(-t_step) * t_sum, 0)))
+            t_total = tl.sum(exp(-t_step) * t_sum, 0)
+            tl.store(out + PRIOR_LOG_SUM * out_stride, tl.log(t_total))
+            if HAS_PRIOR_BELOW:
+                tl.store(out + PRIOR_BELOW * out_stride, tl.sum(exp(-t_step) * t_below, 0) / t_total)
         tl.store(out + PRIOR_LABEL_LOGIT * out_stride, label_logit)
         tl.store(out + PRIOR_IS_TOP1 * out_stride, first.to(dtype))
     if HAS_MIXTURE:

@@ -7,7 +7,7 @@ a user's own may, asks for such a tensor.
 
 import math
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,8 +15,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ...gemm import Head, mixed_gemm_supported
-from ...target.methods import Objective, TokenTarget
-from ...target.tile import SMALLEST_SHARE, Embeddings, Measure, Tile, entropy_of, finite, floor_of, mixed, top_values
+from ...target.objective import Objective
+from ...target.tile import (
+    SMALLEST_SHARE,
+    Embeddings,
+    Measure,
+    Tile,
+    entropy_of,
+    finite,
+    floor_of,
+    mixed,
+    top_values,
+)
+from ...target.token_target import TokenTarget, parts_of
 from . import fold, gradient
 
 
@@ -26,6 +37,13 @@ _LARGEST_SHARE = 1024.0
 # Columns of float32 logits that a program works on at a time, and bytes of them per thread: enough loads at once to
 # hide the way from memory, and what a thread keeps still fits its registers.
 _BLOCK, _BYTES_PER_THREAD = 4096, 64
+
+
+class Asked(NamedTuple):
+    """What is folded beside what every target needs: the prior's sum, and statistics of a tile by name."""
+
+    prior_sum: bool
+    statistics: frozenset[str]
 
 
 class FoldedMeasure(Measure):
@@ -46,12 +64,12 @@ class FoldedMeasure(Measure):
         return mixed(self.tile.log_probs, self.tile.prior_logits, policy, prior)
 
     @cached_property
-    def label_probs(self) -> Tensor:
+    def label_log_probs(self) -> Tensor:
         tile, (policy, prior) = self.tile, self.shares
         label = policy * (tile.row(fold.LABEL_LOGIT) - tile.row(fold.POLICY_MAX))
         if prior:
             label = label + prior * (tile.row(fold.PRIOR_LABEL_LOGIT) - tile.row(fold.PRIOR_MAX))
-        return (label - tile.row(fold.MIXTURE_LOG_SUM)).exp()
+        return label - tile.row(fold.MIXTURE_LOG_SUM)
 
     @cached_property
     def entropy(self) -> Tensor:
@@ -73,8 +91,8 @@ class FoldedPolicy(FoldedMeasure):
         super().__init__(tile, 1.0, 0.0)
 
     @property
-    def label_probs(self) -> Tensor:
-        return self.tile.label_probs
+    def label_log_probs(self) -> Tensor:
+        return self.tile.label_log_probs
 
     @cached_property
     def entropy(self) -> Tensor:
@@ -97,10 +115,11 @@ class FoldedTile(Tile):
         embeddings: Embeddings,
         folded: Tensor,
         shares: tuple[float, float] | None,
+        asked: Asked,
     ):
         self.logits, self.labels, self.given_prior = logits, labels, prior_logits
         self.token_weights, self.output_embeddings = token_weights, embeddings
-        self.folded, self.shares = folded, shares
+        self.folded, self.shares, self.asked = folded, shares, asked
         self.reuse_buffers = False
 
     def row(self, which: tl.constexpr) -> Tensor:
@@ -141,6 +160,8 @@ class FoldedTile(Tile):
     def prior_label_log_probs(self) -> Tensor:
         if self.given_prior is None:
             return self.label_log_probs
+        if not self.asked.prior_sum:
+            return self.prior_log_probs.gather(1, self.labels[:, None]).squeeze(1)
         row = self.row
         return row(fold.PRIOR_LABEL_LOGIT) - row(fold.PRIOR_MAX) - row(fold.PRIOR_LOG_SUM)
 
@@ -151,6 +172,30 @@ class FoldedTile(Tile):
     @property
     def prior_is_top1(self) -> Tensor:
         return self.row(fold.IS_TOP1 if self.given_prior is None else fold.PRIOR_IS_TOP1)
+
+    @cached_property
+    def rank(self) -> Tensor:
+        return self.row(fold.RANK) if "rank" in self.asked.statistics else super().rank
+
+    @cached_property
+    def margin(self) -> Tensor:
+        if "margin" in self.asked.statistics:
+            return self.row(fold.LABEL_LOGIT) - self.row(fold.RIVAL)
+        return super().margin
+
+    @cached_property
+    def collision(self) -> Tensor:
+        return self.row(fold.COLLISION) if "collision" in self.asked.statistics else super().collision
+
+    @property
+    def largest_prob(self) -> Tensor:
+        return (-self.row(fold.POLICY_LOG_SUM)).exp()
+
+    @cached_property
+    def prior_mass_below(self) -> Tensor:
+        if "prior_mass_below" in self.asked.statistics and self.given_prior is not None:
+            return self.row(fold.PRIOR_BELOW)
+        return super().prior_mass_below
 
     def top_k_entropy(self, k: int) -> Tensor:
         k = min(k, self.logits.size(-1))
@@ -169,7 +214,8 @@ class _Recorder:
         self.policy = (1.0, 0.0)
 
     def mixture(self, policy: float = 0.0, prior: float = 0.0) -> tuple[float, float]:
-        return (policy + prior, 0.0) if self.prior_is_policy else (policy, prior)
+        shares = (policy + prior, 0.0) if self.prior_is_policy else (policy, prior)
+        return tuple(map(float, shares))
 
     def __getattr__(self, name: str) -> Any:
         raise _Asked(name)
@@ -184,8 +230,7 @@ def mixture_of(objective: Objective) -> tuple[float, float] | None:
         found = objective.residual(_Recorder(not objective.uses_prior), objective.knobs)
     except Exception:  # a user's function may do anything with what it is given
         return None
-    pair = found if isinstance(found, tuple) and isinstance(found[0], tuple) else (found,)
-    shares = {shares for shares in pair if shares != (1.0, 0.0)}
+    shares = {part.measure for part in parts_of(found)} - {(1.0, 0.0)}
     if len(shares) != 1:
         return None
     (policy, prior) = shares.pop()
@@ -200,8 +245,9 @@ class FoldingKernel:
 
     def __init__(self, objective: Objective):
         self.shares = mixture_of(objective)
+        self.looks_up = self.shares is None and objective.residual.name != "policy"
         # A trust that reads the prior reads its log-probability of the label.
-        self.prior_sum = objective.trust.uses_prior
+        self.asked = Asked(objective.trust.uses_prior or objective.scale.uses_prior, objective.statistics)
 
     def block_tokens(self, vocabulary: int, device: torch.device) -> int:
         """Any number of tokens: nothing of the vocabulary's size is made between the passes."""
@@ -246,13 +292,19 @@ class FoldingKernel:
                     FLOOR=floor,
                     EMPTY=floor / 2 * min([share for share in (policy_share, prior_share, 1.0) if share]),
                     HAS_PRIOR=prior_logits is not None,
-                    PRIOR_SUM=self.prior_sum,
+                    PRIOR_SUM=self.asked.prior_sum,
                     HAS_MIXTURE=self.shares is not None,
                     A=policy_share,
                     B=prior_share,
+                    HAS_RANK="rank" in self.asked.statistics,
+                    HAS_RIVAL="margin" in self.asked.statistics,
+                    HAS_COLLISION="collision" in self.asked.statistics,
+                    HAS_PRIOR_BELOW="prior_mass_below" in self.asked.statistics and prior_logits is not None,
                     **_launch(logits),
                 )
-        return FoldedTile(logits, labels, prior_logits, token_weights, embeddings, folded, self.shares)
+        # What is not folded looks for the label's column; a row of another label is NaN from its maximum on.
+        inside = labels.clamp(0, logits.size(1) - 1) if self.looks_up else labels
+        return FoldedTile(logits, inside, prior_logits, token_weights, embeddings, folded, self.shares, self.asked)
 
     def write_gradient(self, out: Tensor, target: TokenTarget, factor: Tensor, slope: tuple[float, float]) -> None:
         """`out[n, V] = factor · s (p - Q) · slope`, where `out` may be the memory of the policy's logits."""

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ...gemm import Head
-from ...target.methods import Objective, TokenTarget
-from ...target.tile import Embeddings, Tile, finite
+from ...target.objective import Objective
+from ...target.tile import Embeddings, Tile, finite, margin_of, odds_below, rank_of
+from ...target.token_target import TokenTarget
 
 
 # Logits worked on at a time between two products. On a CPU this block stays in the cache through all passes over it.
@@ -22,7 +23,7 @@ class PlainKernel:
     name = "torch"
 
     def __init__(self, objective: Objective):
-        pass
+        self.statistics = objective.statistics
 
     def block_tokens(self, vocabulary: int, device: torch.device) -> int:
         """Tokens of a block."""
@@ -45,7 +46,15 @@ class PlainKernel:
         embeddings: Embeddings,
     ) -> Tile:
         """The tile of a block of `logits[n, V]`, over which its log-probabilities are written."""
-        return Tile(
+        # What compares logits does it before.
+        compared = {}
+        if "rank" in self.statistics:
+            compared["rank"] = rank_of(logits, labels)
+        if "margin" in self.statistics:
+            compared["margin"] = margin_of(logits, labels)
+        below = "prior_mass_below" in self.statistics and prior_logits is not None
+        odds = odds_below(finite(prior_logits, in_place=True), labels) if below else None
+        tile = Tile(
             log_probs=finite(torch.log_softmax(logits, dim=-1, out=logits), in_place=True),
             labels=labels,
             prior_logits=None if prior_logits is None else finite(prior_logits, in_place=True),
@@ -53,6 +62,10 @@ class PlainKernel:
             output_embeddings=embeddings,
             reuse_buffers=True,
         )
+        if below:
+            compared["prior_mass_below"] = odds * tile.prior_label_log_probs.exp()
+        vars(tile).update(compared)  # as if they had been asked for already
+        return tile
 
     def write_gradient(self, out: Tensor, target: TokenTarget, factor: Tensor, slope: Tensor | float) -> None:
         """`out[n, V] = factor · s (p - Q) · slope`, over the log-probabilities of the policy."""
