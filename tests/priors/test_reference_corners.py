@@ -150,6 +150,7 @@ OTHERS = {
     "headless": (lambda: other_model().model, "is a `LlamaModel`, which has no LM head"),
     "classifier": (lambda: LlamaForSequenceClassification(other_model().config), "which has no LM head"),
     "encoder-decoder": (t5, "an encoder-decoder model"),
+    "compiled": (lambda: torch.compile(other_model()), "is compiled, so nothing can take the place of its head"),
     "module": (lambda: nn.Linear(3, 3), "is a `Linear`, which is no model of transformers"),
 }
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from accelerate.logging import get_logger
+from accelerate.utils.other import is_compiled_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,6 +16,11 @@ logger = get_logger(__name__)
 def check_kind(name: str, model: Any) -> None:
     """Raise unless a loaded model is a decoder with an LM head, perhaps under PEFT; `name` is the argument's."""
     inner = base_model_of(model)
+    if is_compiled_module(inner):
+        raise ValueError(
+            f"`{name}` is compiled, so nothing can take the place of its head: pass the model inside, its "
+            "`_orig_mod`. `torch_compile=True` in the `SFTConfig` compiles the policy."
+        )
     if not hasattr(inner, "get_output_embeddings"):  # which wrappers hand on
         raise ValueError(
             f"`{name}` is a `{type(inner).__name__}`, which is no model of transformers: pass a causal language "
