@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 
 import pytest
@@ -156,3 +157,18 @@ def test_refusal_lists_what_is_known():
     with pytest.raises(ValueError) as refusal:
         Formula("q + 1")
     assert all(name in str(refusal.value) for name in KNOWN)
+
+
+@pytest.mark.parametrize("trust", ["r", "r > 0.1", "where(r > 0.1, 1, 0.5)", "min(1, r / 0.1) * (1 - (log_r < -2))"])
+def test_a_prior_that_is_no_distribution_is_seen(trust):
+    # A comparison with NaN is neither true nor false: it must not turn into a trust of 0 or 1.
+    logits, prior_logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
+    prior_logits[1] = -math.inf
+    losses = qtarget_loss(
+        logits,
+        torch.tensor([0, 1, 2]),
+        QTargetConfig(None, trust=trust, residual="policy"),
+        prior_logits=prior_logits,
+        reduction="none",
+    )
+    assert losses.isnan().tolist() == [False, True, False]
