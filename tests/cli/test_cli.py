@@ -118,7 +118,7 @@ def test_recipe_of_trl_works_and_gives_its_weights(folder):
     _same(ours, theirs, tolerance=2e-6)
 
 
-@pytest.mark.parametrize("backend", thinned(["ddp", "zero3"], lambda backend: backend == "zero3"))
+@pytest.mark.parametrize("backend", thinned(["ddp", "zero3"], lambda backend: False))
 def test_two_processes_give_the_weights_of_one(folder, backend):
     """A step takes all rows, whatever their order. Accelerate starts no DDP on CPUs without MPI; torchrun does."""
     options = {"method": "target_sft", "ref_model_name_or_path": str(folder / "teacher")}

@@ -67,6 +67,7 @@ def moved(tmp_path: Path) -> bool:
 
 
 @pytest.mark.skipif(TRL_BEFORE_1_15, reason="the transformers of its time reads an optimiser to 'cpu:0', and fails")
+@pytest.mark.slow
 def test_torchrun_on_two_nodes_trains_and_resumes(nodes, arguments, tmp_path):
     def start(*more: str) -> str:
         command = ["bash", str(EXAMPLE / "torchrun.sh"), *arguments, *more]

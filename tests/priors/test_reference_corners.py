@@ -6,7 +6,7 @@ import logging
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AdaptionPromptConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from training import check_equals_dense, make_trainer, other_model, train_target, warm_model
 from transformers import (
@@ -20,6 +20,8 @@ from transformers import (
     LlamaForSequenceClassification,
     MambaConfig,
     MambaForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -103,6 +105,27 @@ def teacher_of(kind: str):
     return teacher
 
 
+class WithoutPositions(BloomForCausalLM):
+    """Its forward takes nothing that it does not know."""
+
+    def forward(self, input_ids=None, attention_mask=None, use_cache=None, labels=None, logits_to_keep=0):
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache}
+        return super().forward(**given, labels=labels, logits_to_keep=logits_to_keep)
+
+
+TEACHERS["nothing more"] = lambda: WithoutPositions(BloomConfig(vocab_size=SIZE, hidden_size=32, n_layer=2, n_head=2))
+
+
+def test_packed_documents_of_a_prompt_tuned_teacher():
+    tuned = get_peft_model(other_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    losses = []
+    for options in ({}, {"packing": True, "max_length": 64}):
+        trainer = trainer_of(tuned, method="distill", options={"per_device_train_batch_size": 24, **options})
+        trainer.model.eval()
+        losses.append(trainer.compute_loss(trainer.model, dict(next(iter(trainer.get_train_dataloader())))).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_packed_documents_are_those_of_padded_rows(kind):
     losses = []
@@ -165,6 +188,18 @@ def test_what_is_no_causal_language_model_is_refused(kind):
             trainer_of(None, model=make(), method="sft")
 
 
+def test_adapters_that_change_the_pass_are_refused_in_a_reference_too():
+    adaption = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1)
+    with pytest.raises(ValueError, match="`ref_model` has an adapter of the kind ADAPTION_PROMPT"):
+        trainer_of(get_peft_model(other_model(), adaption))
+
+
+def test_encoder_decoder_policy_by_path(tmp_path):
+    t5().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`model` is a `T5ForConditionalGeneration`, an encoder-decoder model"):
+        trainer_of(None, model=str(tmp_path), method="sft")
+
+
 # --- positions ---
 
 
@@ -176,6 +211,21 @@ def test_fewer_positions_than_a_text_has_tokens():
     with pytest.raises(ValueError, match=r"`ref_model` has 8 positions and a text has \d+ tokens: set `max_length`"):
         trainer_of(gpt2(8)).train()
     trainer_of(gpt2(64)).train()
+
+
+def test_positions_behind_the_index_of_padding():
+    """RoBERTa's table has two rows more than positions."""
+    config = RobertaConfig(
+        vocab_size=SIZE, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, is_decoder=True
+    )
+    config.intermediate_size, config.max_position_embeddings = 16, 10
+    with pytest.raises(ValueError, match=r"`ref_model` has 8 positions"):
+        trainer_of(RobertaForCausalLM(config)).train()
+
+
+def test_starting_copy_with_too_few_positions_is_not_blamed_on_a_reference():
+    with pytest.raises(ValueError, match=r"`model` has 8 positions"):
+        trainer_of(None, model=gpt2(8)).train()
 
 
 def test_rotary_positions_beyond_those_trained_are_told_once(caplog):

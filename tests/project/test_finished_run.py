@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from thinned import one_of_each, thinned
 from training import OPTIMIZERS, make_trainer, warm_model
 
 from trl_qtarget import QTargetSFTTrainer
@@ -68,8 +69,10 @@ def found_in(folder: Path) -> tuple[dict[str, int], list[int]]:
     return states, [line["step"] for line in history if "loss" in line]
 
 
-@pytest.mark.parametrize("steps", ENDS)
-@pytest.mark.parametrize("run", [by_example, by_command])
+_RUNS = [(run, steps) for run in (by_example, by_command) for steps in ENDS]
+
+
+@pytest.mark.parametrize(("run", "steps"), thinned(_RUNS, lambda *pair: pair in one_of_each(_RUNS)))
 def test_finished_run_is_not_trained_on(folder, run, steps, monkeypatch):
     run(folder, False, monkeypatch, max_steps=steps)
     found, model = found_in(folder), load_file(folder / "out" / "model.safetensors")

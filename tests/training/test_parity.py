@@ -119,7 +119,9 @@ _RUNS = list(product(CASES, [("sft", "nll"), ("dft", "dft")], ["sgd", "adamw"]))
 
 
 def _quick(name: str, losses: tuple[str, str], optim: str) -> bool:
-    return (losses[0] == "sft") == (optim == "sgd")
+    if losses[0] == "sft":
+        return optim == "sgd"
+    return optim == "adamw" and name in ("padded", "packing_bfd", "accumulation", "lora", "moe", "prompt_tuning")
 
 
 @pytest.mark.parametrize(

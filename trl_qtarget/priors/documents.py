@@ -5,6 +5,7 @@ says of a document would depend on the one before. Whether a model does is measu
 its own.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,9 +17,9 @@ from transformers import PreTrainedModel
 from ..loss.probe import probe_inputs
 
 
-# What a batch of texts consists of; the second line says in other words where documents begin.
-_OF_TEXTS = {"input_ids", "position_ids", "attention_mask", "use_cache"}
-_OF_TEXTS |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+# What says in a batch where documents begin, and what else a batch of texts consists of.
+_OF_DOCUMENTS = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+_OF_TEXTS = _OF_DOCUMENTS | {"input_ids", "attention_mask", "use_cache"}
 
 
 def has_documents(inputs: Mapping[str, Any]) -> bool:
@@ -28,6 +29,14 @@ def has_documents(inputs: Mapping[str, Any]) -> bool:
         return False
     mask = inputs.get("attention_mask")
     return mask is None or (mask.dim() == 2 and bool(mask.all()))
+
+
+def accepted(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs without what is said of documents to a model whose forward has no argument for it."""
+    known = inspect.signature(type(model).forward).parameters
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values()):
+        return dict(inputs)
+    return {name: value for name, value in inputs.items() if name in known or name not in _OF_DOCUMENTS}
 
 
 @torch.no_grad()
@@ -43,7 +52,7 @@ def mixes_documents(model: PreTrainedModel, run: Callable[..., Tensor]) -> bool:
     row = torch.cat([ids.flip(1), ids, ids], dim=1)
     positions = torch.arange(length, device=ids.device).repeat(3)[None]
     packed = run(input_ids=row, position_ids=positions)[:, -length:].float()
-    alone = run(input_ids=ids, position_ids=positions[:, :length]).float()
+    alone = run(input_ids=ids, position_ids=positions[:, :length])[:, -length:].float()
     # Far above the rounding of another order of sums, far below what another text before it would do.
     rounding = 4 * torch.finfo(model.dtype).eps ** 0.75
     return bool((packed - alone).norm() > rounding * alone.norm())
@@ -77,4 +86,5 @@ def states_of_documents(run: Callable[..., Tensor], inputs: Mapping[str, Any], a
 def _states(run: Callable[..., Tensor], documents: tuple[Tensor, ...]) -> list[Tensor]:
     mask = pad_sequence([torch.ones_like(document) for document in documents], batch_first=True)
     hidden = run(input_ids=pad_sequence(documents, batch_first=True), attention_mask=mask)
+    hidden = hidden[:, -mask.size(1) :]  # prompt learning has put virtual tokens before the text
     return [row[: len(document)] for row, document in zip(hidden, documents, strict=True)]

@@ -3,6 +3,7 @@
 from typing import Any
 
 from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from accelerate.utils.other import is_compiled_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -13,8 +14,21 @@ from .base import base_model_of
 logger = get_logger(__name__)
 
 
+# Of PEFT's, by what they do to a forward pass that has the loss in the place of the logits.
+_UNFIT_ADAPTERS = {
+    "XLORA": "runs the model a first time to mix its adapters, and looks for that pass's hidden states",
+    "ADAPTION_PROMPT": "puts the layers that it changes into another model than the one that is run",
+}
+
+
 def check_kind(name: str, model: Any) -> None:
     """Raise unless a loaded model is a decoder with an LM head, perhaps under PEFT; `name` is the argument's."""
+    for adapter in model.peft_config.values() if is_peft_model(model) else ():
+        kind = getattr(adapter.peft_type, "value", adapter.peft_type)
+        if kind in _UNFIT_ADAPTERS:
+            raise ValueError(
+                f"`{name}` has an adapter of the kind {kind}, which {_UNFIT_ADAPTERS[kind]}: use another kind."
+            )
     inner = base_model_of(model)
     if is_compiled_module(inner):
         raise ValueError(
@@ -54,20 +68,27 @@ def check_separate(reference: nn.Module, policy: nn.Module) -> None:
 
 def _place(value: nn.Parameter) -> int:
     # Of sharded ones the memory is empty or a share, and then the parameter itself is compared.
-    place = value.data_ptr() if type(value.data) is Tensor else 0
+    place = value.untyped_storage().data_ptr() if type(value.data) is Tensor else 0
     return place or id(value)
 
 
+def _first_position(table: nn.Embedding) -> int:
+    """Some classes count from an offset on, and RoBERTa's from behind the index of padding."""
+    return getattr(table, "offset", 0) if table.padding_idx is None else table.padding_idx + 1
+
+
 class Positions:
-    """How long a row a reference model can read.
+    """How long a row a model can read.
 
     Args:
-        model: the reference model.
+        model: the model.
+        name: of the argument that gave it.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, name: str):
+        self.name = name
         tables = [
-            module.num_embeddings - getattr(module, "offset", 0)
+            module.num_embeddings - _first_position(module)
             for name, module in model.named_modules()
             if isinstance(module, nn.Embedding) and ("position" in name or "wpe" in name) and "relat" not in name
         ]
@@ -85,12 +106,12 @@ class Positions:
             length = int(inputs["position_ids"].max()) + 1
         if self.learned is not None and length > self.learned:
             raise ValueError(
-                f"`ref_model` has {self.learned} positions and a text has {length} tokens: set `max_length` to at "
-                f"most {self.learned}, or pass another reference model."
+                f"`{self.name}` has {self.learned} positions and a text has {length} tokens: set `max_length` to at "
+                f"most {self.learned}, or pass another model."
             )
         if self.trained and length > self.trained and not self._warned:
             logger.warning(
-                f"`ref_model` was made for at most {self.trained} positions and a text has {length} tokens: what it "
+                f"`{self.name}` was made for at most {self.trained} positions and a text has {length} tokens: what it "
                 f"says of the later ones may mean little. Set `max_length={self.trained}` to leave them out."
             )
             self._warned = True

@@ -21,7 +21,7 @@ from trl.trainer.utils import create_model_from_path
 from ..loss.head import PriorStates, add_target_head, check_head, head_of
 from ..target.checks import check_vocabulary
 from .base import Prior, base_model_of
-from .documents import has_documents, mixes_documents, states_of_documents
+from .documents import accepted, has_documents, mixes_documents, states_of_documents
 from .fit import Positions
 from .loading import reference_options
 from .shards import in_fsdp2, in_zero3, reshard, whole_shape
@@ -30,9 +30,9 @@ from .shards import in_fsdp2, in_zero3, reshard, whole_shape
 class ModelPrior(Prior):
     """Another model. `model` is `causal_model` in its wrapper."""
 
-    def __init__(self, model: nn.Module, causal_model: PreTrainedModel):
+    def __init__(self, model: nn.Module, causal_model: PreTrainedModel, name: str = "ref_model"):
         self.model, self.causal_model = model, causal_model
-        self._positions = Positions(causal_model)
+        self._positions = Positions(causal_model, name)
         self._mixes_documents: bool | None = None  # until it is measured
 
     def states(self, inputs: Mapping[str, Any]) -> PriorStates:
@@ -51,6 +51,7 @@ class ModelPrior(Prior):
 
     def _run(self, **inputs: Any) -> Tensor:
         with torch.no_grad():
+            inputs = accepted(self.causal_model, inputs)
             hidden = self.model(**inputs, final_hidden=True).last_hidden_state
         reshard(self.causal_model)
         return hidden

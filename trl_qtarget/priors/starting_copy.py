@@ -25,7 +25,7 @@ class StartingCopyPrior(ModelPrior):
     """
 
     def __init__(self, model: nn.Module, causal_model: PreTrainedModel, policy: nn.Module):
-        super().__init__(model, causal_model)
+        super().__init__(model, causal_model, "model")
         self.policy = policy
 
     def states(self, inputs: Mapping[str, Any]) -> PriorStates:

@@ -34,6 +34,7 @@ from ..loss.head import (
 from ..priors.base import PriorCallback, base_model_of, virtual_tokens
 from ..priors.build import build_prior
 from ..priors.choice import PolicyFacts, PriorChoice, PriorKind, check_models, choose_prior
+from ..priors.fit import check_kind
 from ..target.config import QTargetConfig
 from ..target.objective import Objective
 from .data import (
@@ -57,13 +58,6 @@ logger = get_logger(__name__)
 
 # Under prompt learning. All others see the text alone.
 _PRIORS_WITH_VIRTUAL_TOKENS = (PriorKind.NONE, PriorKind.POLICY, PriorKind.START, PriorKind.LAGGED)
-
-# Of PEFT's, by what they do to a forward pass that has the loss in the place of the logits.
-_UNFIT_ADAPTERS = {
-    "CPT": "computes a loss of its own from the logits, in the place of the target",
-    "XLORA": "runs the model a first time to mix its adapters, and looks for that pass's hidden states",
-    "ADAPTION_PROMPT": "puts the layers that it changes into another model than the one that is run",
-}
 
 # Arguments of the policy's forward that a prior's backbone is not given.
 _POLICY_ALONE = ("labels", "shift_labels", "output_router_logits")
@@ -372,10 +366,12 @@ def _explaining_truncated_images(max_length: int | None) -> Iterator[None]:
 
 
 def _refuse_what_cannot_work(accelerator: Accelerator, model: nn.Module) -> None:
-    kind = model.active_peft_config.peft_type if is_peft_model(model) else None
-    kind = getattr(kind, "value", kind)
-    if kind in _UNFIT_ADAPTERS:
-        raise ValueError(f"`peft_config` is of {kind}, which {_UNFIT_ADAPTERS[kind]}: use another kind of adapter.")
+    check_kind("model", model)
+    if is_peft_model(model) and model.active_peft_config.peft_type == "CPT":
+        raise ValueError(
+            "`peft_config` is of CPT, which computes a loss of its own from the logits, in the place of the target: "
+            "use another method of prompt learning."
+        )
     parallelism = accelerator.parallelism_config
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(
