@@ -87,14 +87,19 @@ class Positions:
 
     def __init__(self, model: PreTrainedModel, name: str):
         self.name = name
+        trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.trained = trained if isinstance(trained, int) else None
+        # A little longer where positions do not count from 0. Other tables are those of images.
+        sizes = () if self.trained is None else range(self.trained, self.trained + 8)
         tables = [
             module.num_embeddings - _first_position(module)
             for name, module in model.named_modules()
-            if isinstance(module, nn.Embedding) and ("position" in name or "wpe" in name) and "relat" not in name
+            if isinstance(module, nn.Embedding)
+            and ("position" in name or "wpe" in name)
+            and "relat" not in name
+            and module.num_embeddings in sizes
         ]
         self.learned = min(tables, default=None)
-        trained = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.trained = trained if isinstance(trained, int) else None
         self._warned = False
 
     def check(self, inputs: Any) -> None:
