@@ -122,6 +122,13 @@ def end(job: subprocess.Popen) -> None:
     job.wait()
 
 
+def outcomes_of(script: str, folder: Path) -> dict[str, str]:
+    """What each case of a script of `tests/support` said, run by two ranks: an error, or nothing."""
+    log, found = folder / "log.txt", folder / "outcomes.json"
+    finish(start([*torchrun(), str(Path(__file__).parent / script), str(found)], log), log)
+    return json.loads(found.read_text())
+
+
 def finish(job: subprocess.Popen, log: Path, timeout: float = _TIMEOUT) -> None:
     """Wait for a job; one that hangs is ended with all that it started, and a RuntimeError tells its last lines."""
     try:
