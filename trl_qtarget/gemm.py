@@ -180,3 +180,16 @@ def accumulate_weight(out: Tensor, grad_logits: Tensor, hidden: Tensor, operands
             out[start:end] += part
     else:
         out.addmm_(grad_logits.t(), hidden.to(operands).to(out.dtype))
+
+
+def gather_rows_(matrix: Tensor, rows: Tensor) -> Tensor:
+    """Move ascending `rows[m]` of `matrix[n, V]` to its front, in place, and return these `m` rows as a view.
+
+    An eighth of them at a time is held beside the matrix.
+    """
+    step = max(1, -(-len(rows) // 8))
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        # Ascending rows stand at or behind where they go, so what is overwritten has been moved already.
+        matrix[start : start + len(part)] = matrix[part]
+    return matrix[: len(rows)]

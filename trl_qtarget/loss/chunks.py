@@ -20,6 +20,7 @@ from ..gemm import Head
 from ..target.objective import Objective
 from ..target.tile import Embeddings, LabelStatistics, Tile
 from ..target.token_target import TokenTarget
+from .zeros import ZeroSearch
 
 
 # Logits of a chunk, each of the policy's and the prior's: 256 MiB in float32. Large enough for full-speed products
@@ -73,7 +74,9 @@ class Kernel(Protocol):
         embeddings: Embeddings,
     ) -> Tile: ...
 
-    def write_gradient(self, out: Tensor, target: TokenTarget, factor: Tensor, slope: Any) -> None: ...
+    def write_gradient(
+        self, out: Tensor, target: TokenTarget, factor: Tensor, slope: Any, rows: Tensor | None = None
+    ) -> int: ...
 
 
 @dataclass
@@ -131,9 +134,11 @@ class Batch:
 
         # A bias has no product that would round to the operands' dtype, so neither must its gradient be.
         grad_dtype = self.dtype if bias_grad else self.operands
+        zeros = ZeroSearch(self.objective, self.logits.device)
 
         for chunk, logits, prior_logits in self._project():
             grad_logits = self.kernel.gradient_of(logits, grad_dtype)
+            written, pulling = 0, []
             for block in self._blocks(chunk):
                 local = slice(block.start - chunk.start, block.stop - chunk.start)
                 z = logits[local]
@@ -144,15 +149,43 @@ class Batch:
                 if self.observer is not None:
                     self.observer(block, target)
                 if any_grad:
-                    self.kernel.write_gradient(grad_logits[local], target, inverse_count, slope)
+                    rows = zeros.rows(target)
+                    out = grad_logits[written : written + len(z)]
+                    written += self.kernel.write_gradient(out, target, inverse_count, slope, rows)
+                    pulling.append((block, rows))
                 del tile, target  # before what the next block's trust makes
-            if hidden_grad:
-                gemm.backproject(gradients[0][chunk], grad_logits, self.weight, self.operands)
-            if weight_grad:
-                gemm.accumulate_weight(gradients[1], grad_logits, self.hidden[chunk], self.operands)
-            if bias_grad:
-                gradients[2] += grad_logits.sum(0)
+            if any_grad:
+                self._multiply_back(gradients, grad_logits[:written], self._tokens(chunk, pulling))
         return statistics, gradients
+
+    def _tokens(self, chunk: slice, pulling: list[tuple[slice, Tensor | None]]) -> slice | Tensor:
+        """Tokens of a chunk that have a gradient: a slice where all have."""
+        if all(rows is None for _, rows in pulling):
+            return chunk
+        device = self.labels.device
+        return torch.cat(
+            [
+                torch.arange(block.start, block.stop, device=device) if rows is None else rows + block.start
+                for block, rows in pulling
+            ]
+        )
+
+    def _multiply_back(self, gradients: list[Tensor | None], grad_logits: Tensor, tokens: slice | Tensor) -> None:
+        """Add what `grad_logits[m, V]` of some tokens is to the gradients of hidden, weight and bias."""
+        if not len(grad_logits):
+            return
+        of_hidden, of_weight, of_bias = gradients
+        if of_hidden is not None:
+            out = (
+                of_hidden[tokens] if isinstance(tokens, slice) else of_hidden.new_empty(len(tokens), of_hidden.size(1))
+            )
+            gemm.backproject(out, grad_logits, self.weight, self.operands)
+            if not isinstance(tokens, slice):
+                of_hidden.index_copy_(0, tokens, out)
+        if of_weight is not None:
+            gemm.accumulate_weight(of_weight, grad_logits, self.hidden[tokens], self.operands)
+        if of_bias is not None:
+            of_bias += grad_logits.sum(0)
 
     def _project(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Yield each chunk with its logits and its prior's logits, in buffers that the next chunk overwrites."""

@@ -100,6 +100,12 @@ _FUNCTIONS = {
 KNOWN = (*VARIABLES, *KNOBS, *_FUNCTIONS)
 
 
+def _cuts_off(node: ast.AST) -> bool:
+    """Whether a piece of a formula is flat at zero for some of what it is given, or may be."""
+    called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
+    return isinstance(node, ast.Compare) or called in ("min", "max", "clip", "where")
+
+
 class _Scope:
     """The values of the names of a formula for one tile, each computed when first asked for."""
 
@@ -132,6 +138,7 @@ class Formula:
         text: the formula as it was written.
         names: the variables that it reads, of `VARIABLES`.
         knobs: the knobs that it reads, which have no default.
+        has_zeros: whether it may be exactly zero for many tokens: it compares, cuts off, or reads the weights.
 
     Raises:
         ValueError: it is no formula; the message names the piece that is wrong and what is known.
@@ -139,7 +146,9 @@ class Formula:
 
     def __init__(self, text: str, argument: str = "trust"):
         self.text, self.names, self.knobs, self._argument = text, [], [], argument
-        self._evaluate = self._compiled(self._parsed(), 1)
+        expression = self._parsed()
+        self._evaluate = self._compiled(expression, 1)
+        self.has_zeros = "weight" in self.names or any(map(_cuts_off, ast.walk(expression)))
         self.__doc__ = f"{ {'trust': 'γ', 'scale': 's'}.get(argument, argument) } = {text.strip()}."
         # What `read_knobs` reads of any design.
         tile = inspect.Parameter("tile", inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -65,6 +65,11 @@ class Objective:
         return frozenset(self.trust.statistics) | frozenset(self.scale.statistics)
 
     @property
+    def has_zeros(self) -> bool:
+        """Whether many tokens may have no gradient at all, as where nothing but the policy is beside a trust of 0."""
+        return self.residual.name == "policy" and (self.trust.has_zeros or self.scale.has_zeros)
+
+    @property
     def designs(self) -> "Designs":
         """Trust, residual and scale."""
         return Designs(self.trust, self.residual, self.scale)
@@ -125,6 +130,7 @@ def formula_design(argument: str, text: str) -> Design:
         uses_prior=formula.uses_prior,
         uses_token_weights=formula.uses_token_weights,
         statistics=formula.statistics,
+        has_zeros=formula.has_zeros,
     )
 
 

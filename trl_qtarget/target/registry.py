@@ -123,6 +123,8 @@ class Design:
     per_sequence: bool = False
     uses_token_weights: bool = False
     uses_embeddings: bool = False
+    # Whether it gives exactly zero to so many tokens that it is worth finding out which.
+    has_zeros: bool = False
     # Statistics of a tile that it reads (`TILE_STATISTICS`) and that are gathered only where they are asked for.
     statistics: tuple[str, ...] = ()
     # (knobs, prior_is_policy) -> whether this residual is the policy's own distribution with these settings

@@ -15,7 +15,7 @@ from .registry import AtLeastTwo, MoreThanHalf, NonNegative, Positive, PositiveU
 from .tile import LabelStatistics, Tile, power_of
 
 
-TRUSTS = Shelf("trust", ("uses_prior", "per_sequence", "uses_token_weights", "statistics"))
+TRUSTS = Shelf("trust", ("uses_prior", "per_sequence", "uses_token_weights", "statistics", "has_zeros"))
 
 
 def register_trust(name: str, function: Callable | None = None, **properties: Any) -> Callable:
@@ -35,6 +35,8 @@ def register_trust(name: str, function: Callable | None = None, **properties: An
         uses_token_weights: whether the function reads the dataset's per-token weights.
         statistics: which of `rank`, `margin`, `collision` and `prior_mass_below` the function reads of its tile, a
             tuple. One that is not named here may be read all the same, but takes longer and more memory on a GPU.
+        has_zeros: whether γ is exactly zero for many tokens. Where the residual is the policy, such tokens are left
+            out of the products with the head; a GPU looks for them only where this says so.
 
     Returns:
         The function, or a decorator.
@@ -95,7 +97,7 @@ def power(tile: Tile, *, alpha: NonNegative = 1.0) -> Tensor:
     return power_of(tile.label_log_probs, alpha).exp()
 
 
-@register_trust("threshold")
+@register_trust("threshold", has_zeros=True)
 def threshold(tile: Tile, *, tau: Unit = 0.1) -> Tensor:
     """γ = 1 if p_y > tau, else 0."""
     return (tile.label_probs > tau).to(tile.label_log_probs.dtype)
@@ -114,7 +116,7 @@ def importance(labels: LabelStatistics, *, temperature: Positive = 1.0, clip_max
     return (temperature * log_ratio).exp().clamp(max=clip_max)
 
 
-@register_trust("clipped_ratio", uses_prior=True)
+@register_trust("clipped_ratio", uses_prior=True, has_zeros=True)
 def clipped_ratio(tile: Tile, *, epsilon: NonNegative = 0.28) -> Tensor:
     """γ = r·1[r < 1 + epsilon], r = p_y/π_prior(y): no push where the policy has already moved far enough.
 
@@ -124,7 +126,7 @@ def clipped_ratio(tile: Tile, *, epsilon: NonNegative = 0.28) -> Tensor:
     return torch.where(ratio >= 1 + epsilon, 0.0, ratio)  # a ratio of NaN stays NaN
 
 
-@register_trust("token_weights", uses_token_weights=True)
+@register_trust("token_weights", uses_token_weights=True, has_zeros=True)
 def token_weights(tile: Tile) -> Tensor:
     """γ = the dataset's weight of the token (a critical-token mask, or any non-negative number)."""
     return tile.token_weights
@@ -133,7 +135,7 @@ def token_weights(tile: Tile) -> Tensor:
 # --- of 2026 ---
 
 
-@register_trust("informative")
+@register_trust("informative", has_zeros=True)
 def informative(tile: Tile, *, tau: MoreThanHalf = 0.93) -> Tensor:
     """γ = p_y max(0, 1 - logit(p_y)/logit(tau)): a bell that is zero from p_y = tau on."""
     log_odds = tile.label_log_probs - torch.log(-torch.expm1(tile.label_log_probs))
@@ -152,7 +154,7 @@ def prior_probability(tile: Tile) -> Tensor:
     return tile.prior_label_log_probs.exp()
 
 
-@register_trust("prior_mass", uses_prior=True, statistics=("prior_mass_below",))
+@register_trust("prior_mass", uses_prior=True, statistics=("prior_mass_below",), has_zeros=True)
 def prior_mass(tile: Tile, *, tau: Unit = 0.5) -> Tensor:
     """γ = 1 if the prior gives the label and all that it finds less probable at least tau, else 0."""
     mass = tile.prior_mass_below + tile.prior_label_log_probs.exp()
@@ -196,7 +198,7 @@ def relative_rank(tile: Tile) -> Tensor:
     return tile.label_probs * (tile.label_probs * expected).clamp(min=1e-6) ** -power
 
 
-@register_trust("margin", statistics=("margin",))
+@register_trust("margin", statistics=("margin",), has_zeros=True)
 def margin(tile: Tile, *, beta: NonNegative = 1.5, tau: Positive = 0.8) -> Tensor:
     """γ = exp(-(Δ - beta)²/(2 tau²)), Δ the label's logit minus the best other one."""
     return torch.exp(-(((tile.margin - beta) / tau) ** 2) / 2)

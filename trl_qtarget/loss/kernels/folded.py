@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...gemm import Head, mixed_gemm_supported
+from ...gemm import Head, gather_rows_, mixed_gemm_supported
 from ...target.objective import Objective
 from ...target.tile import (
     SMALLEST_SHARE,
@@ -306,8 +306,18 @@ class FoldingKernel:
         inside = labels.clamp(0, logits.size(1) - 1) if self.looks_up else labels
         return FoldedTile(logits, inside, prior_logits, token_weights, embeddings, folded, self.shares, self.asked)
 
-    def write_gradient(self, out: Tensor, target: TokenTarget, factor: Tensor, slope: tuple[float, float]) -> None:
-        """`out[n, V] = factor · s (p - Q) · slope`, where `out` may be the memory of the policy's logits."""
+    def write_gradient(
+        self,
+        out: Tensor,
+        target: TokenTarget,
+        factor: Tensor,
+        slope: tuple[float, float],
+        rows: Tensor | None = None,
+    ) -> int:
+        """`factor · s (p - Q) · slope` into the first rows of `out[n, V]`, which may be the memory of the logits.
+
+        Of the tokens in `rows[m]`, ascending, or of all. Returns how many rows were written.
+        """
         tile, (scale, softcap) = target.tile, slope
         terms, of_label = target.gradient()
         factor = factor * scale
@@ -325,7 +335,7 @@ class FoldingKernel:
         logits, prior = tile.logits, tile.given_prior
         policy_share, prior_share = self.shares or (0.0, 0.0)
         if not len(logits):
-            return
+            return 0
         with torch.cuda.device_of(logits):
             gradient.gradient_kernel[(len(logits),)](
                 out,
@@ -351,6 +361,8 @@ class FoldingKernel:
                 SOFTCAP=softcap,
                 **_launch(logits),
             )
+        # All are written where they stand, and moved together: one thread block must not write what another reads.
+        return len(out if rows is None else gather_rows_(out, rows))
 
 
 def _launch(logits: Tensor) -> dict[str, int | bool]:

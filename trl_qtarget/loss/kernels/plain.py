@@ -84,13 +84,26 @@ class PlainKernel:
         vars(tile).update(compared)  # as if they had been asked for already
         return tile
 
-    def write_gradient(self, out: Tensor, target: TokenTarget, factor: Tensor, slope: Tensor | float) -> None:
-        """`out[n, V] = factor · s (p - Q) · slope`, over the log-probabilities of the policy."""
+    def write_gradient(
+        self, out: Tensor, target: TokenTarget, factor: Tensor, slope: Tensor | float, rows: Tensor | None = None
+    ) -> int:
+        """`factor · s (p - Q) · slope`, over the log-probabilities of the policy, into the first rows of `out[n, V]`.
+
+        Of the tokens in `rows[m]`, ascending, or of all. Returns how many rows were written.
+        """
         terms, of_label = target.gradient()
-        (first, coefficient), *rest = [(measure.probs, (factor * value)[:, None]) for measure, value in terms]
+        labels = target.tile.labels
+        pairs = [(measure.probs, (factor * value)[:, None]) for measure, value in terms]
+        of_label = factor * of_label
+        if rows is not None:
+            pairs = [(probs[rows], coefficient[rows]) for probs, coefficient in pairs]
+            labels, of_label, out = labels[rows], of_label[rows], out[: len(rows)]
+            slope = slope[rows] if isinstance(slope, Tensor) else slope
+        (first, coefficient), *rest = pairs
         torch.mul(first, coefficient, out=out)
         for probs, coefficient in rest:
             out.addcmul_(probs, coefficient)
-        out.scatter_add_(1, target.tile.labels[:, None], (factor * of_label)[:, None])
+        out.scatter_add_(1, labels[:, None], of_label[:, None])
         if isinstance(slope, Tensor) or slope != 1.0:
             out.mul_(slope)
+        return len(out)
