@@ -11,7 +11,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from training import warm_model
 
-from trl_qtarget import QTargetConfig, cli
+from trl_qtarget import METHODS, QTargetConfig, cli
 from trl_qtarget.inspection.collect import inspect_target
 from trl_qtarget.inspection.suspicious import WORST, suspicious_examples, suspicious_tokens
 
@@ -56,6 +56,22 @@ def test_page_of_several_methods_with_a_teacher(folder, tmp_path, capsys):
     assert len(rows) == sum(len(example["scored"]) for example in data["examples"])
     assert [row["suspicion"] for row in rows] == sorted((row["suspicion"] for row in rows), reverse=True)
     assert {row["method"] for row in rows} == {"dft"}
+
+
+def test_map_of_all_methods(folder, tmp_path, capsys):
+    drawn = ["--methods", "all", "--map", str(tmp_path / "map.svg"), "--examples", "3", "--alternatives", "2"]
+    assert cli.main(_command(folder, tmp_path / "page.html", *drawn, model="adapter")) == 0
+    assert (tmp_path / "map.svg").stat().st_size > 1000
+    names = {method["name"] for method in _data(tmp_path / "page.html")["methods"]}
+    # No weights in this data; the base under the adapters is every prior but a teacher.
+    assert names == {name for name, row in METHODS.items() if row.prior != "model" and name != "cft"}
+    assert "rank_tuner" in capsys.readouterr().out
+
+
+def test_map_with_another_ending_is_refused_before_the_model_is_loaded(folder, tmp_path, capsys):
+    command = _command(folder, tmp_path / "page.html", "--map", str(tmp_path / "map.gif"), model="nowhere")
+    assert cli.main(command) == 2
+    assert "must end in .png, .svg or .pdf" in capsys.readouterr().err
 
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"

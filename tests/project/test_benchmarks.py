@@ -15,7 +15,20 @@ import torch
 pytest.importorskip("trl.kernels.chunked_divergence", reason="the benchmarks measure TRL's losses, which are newer")
 
 from benchmarks import __main__ as command
-from benchmarks import budget, figures, head, memory, peers, providers, readme, report, statistics_cost, step, sweep
+from benchmarks import (
+    budget,
+    figures,
+    head,
+    memory,
+    peers,
+    providers,
+    readme,
+    report,
+    statistics_cost,
+    step,
+    sweep,
+    zeros,
+)
 from benchmarks.common import COLUMNS, RESULTS, read_results, write_results
 from benchmarks.inputs import Shape, make_inputs
 from benchmarks.parts import PARTS
@@ -62,6 +75,14 @@ def test_cost_of_statistics_is_measured_and_leaves_the_trainer_whole(tmp_path):
     for mode, name in statistics_cost.CASES:
         assert float(rows[name, mode]["floor_ratio"]) > 0
         assert (f"{name}, in its statistics", mode) in rows
+
+
+def test_savings_by_zeros_are_measured(tmp_path):
+    output = tmp_path / "zeros.csv"
+    zeros.main(["--shapes", str(SHAPE), "--repeats", "1", "--device", "cpu", "--output", str(output)])
+    rows = read_results(output)
+    assert {row["benchmark"] for row in rows} == {f"zeros {share:.0%}" for share in zeros.SHARES}
+    assert all(float(row["floor_ratio"]) > 0 for row in rows if row["provider"].startswith("qtarget"))
 
 
 def test_peers_of_one_objective_agree(monkeypatch):

@@ -11,20 +11,28 @@ from typing import Any
 import torch
 from accelerate.commands.launch import launch_command_parser
 from datasets import IterableDataset
-from transformers import AutoProcessor
+from transformers import AutoProcessor, PreTrainedModel
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, get_quantization_config
 
 from ..inspection.collect import check_request, inspect_target, numbered
+from ..inspection.figures import check_path
 from ..inspection.guest import load_policy
+from ..inspection.map import draw_map, table
 from ..inspection.render import write_page
 from ..inspection.suspicious import suspicious_tokens, write_jsonl
+from ..priors.choice import PolicyFacts, check_models, choose_prior
 from ..target.config import QTargetConfig
+from ..target.methods import METHODS
 from ..training.resolve import resolve_config
 from .options import check_known, read_method
 from .recipe import Parser, separated
 from .sft import ReferenceArguments, init_kwargs, load_data, load_reference, split_of, target_of
 
 
+logger = logging.getLogger(__name__)
+
+# Instead of names of methods.
+ALL = "all"
 # What a recipe may say of its training, and `SFTConfig` would refuse or load. `inspect_target` sees to the rest.
 _NO_TRAINING = {
     "output_dir": tempfile.gettempdir(),  # there has to be one; nothing is written to it
@@ -48,7 +56,8 @@ class InspectArguments:
         default=None,
         metadata={
             "help": "Methods to compare, with knobs if wanted: dft asft:lam=0.03; or folders of a configuration. "
-            "None: the target of the recipe, or of `--method` and its knobs."
+            "`all`: every published one that this model and data can have. None: the target of the recipe, or of "
+            "`--method` and its knobs."
         },
     )
     examples: int = field(default=20, metadata={"help": "Number of examples, the first ones or, with a seed, random."})
@@ -59,6 +68,10 @@ class InspectArguments:
         default=6, metadata={"help": "Tokens shown beside each other: the label and favourites."}
     )
     output: str = field(default="inspection.html", metadata={"help": "The page, one file that opens from disk."})
+    map: str | None = field(
+        default=None,
+        metadata={"help": "Figure (.png, .svg, .pdf) of where the methods stand, and which are near twins."},
+    )
     suspicious: str | None = field(
         default=None, metadata={"help": "JSONL file for every token by suspicion, for the first method."}
     )
@@ -90,11 +103,14 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"`{left[0]}` belongs to no option: remove it.")
     if model.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is missing: name the model to inspect.")
+    every = wanted.methods == [ALL]
     if wanted.methods is None:
         configs = [resolve_config(target_of(arguments, target), training)]
     else:
-        configs = [read_method(text) for text in wanted.methods]
+        configs = [QTargetConfig("sft")] if every else [read_method(text) for text in wanted.methods]
     check_request(configs, wanted.alternatives)
+    if wanted.map:
+        check_path(Path(wanted.map))
     training.loss_type = "nll"  # `dft` is a target, which is among the methods by now if it is wanted
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_qtarget").setLevel(logging.INFO)
@@ -107,11 +123,14 @@ def main(arguments: Sequence[str]) -> int:
     if wanted.sample_seed is not None:
         rows = rows.shuffle(seed=wanted.sample_seed)
     rows = rows.take(wanted.examples) if stream else rows.select(range(min(wanted.examples, len(rows))))
+    policy, ref_model = _load_policy(model, training), load_reference(reference, training)
+    if every:
+        configs = _all_of(policy, ref_model)
     data = inspect_target(
-        _load_policy(model, training),
+        policy,
         rows,
         configs,
-        ref_model=load_reference(reference, training),
+        ref_model=ref_model,
         args=training,
         processing_class=_load_processing(model, training),
         alternatives=wanted.alternatives,
@@ -120,11 +139,30 @@ def main(arguments: Sequence[str]) -> int:
     )
     output = Path(wanted.output)
     write_page(data, output)
+    if wanted.map:
+        sys.stdout.write(table(draw_map(data, configs, Path(wanted.map))))
     if wanted.suspicious:
         write_jsonl(suspicious_tokens(data), Path(wanted.suspicious))
     tokens = sum(len(example["scored"]) for example in data["examples"])
     sys.stdout.write(f"{len(data['examples'])} examples, {tokens} labelled tokens: {output}\n")
     return 0
+
+
+def _all_of(policy: PreTrainedModel, ref_model: Any) -> list[QTargetConfig]:
+    """The published objectives that this policy, with this reference or none, can be trained toward."""
+    check_models(policy, ref_model)
+    facts, configs = PolicyFacts.of(policy), []
+    for name in METHODS:
+        config = QTargetConfig(name)
+        if config.uses_token_weights:  # which this data need not have
+            continue
+        try:
+            choose_prior(config, facts, ref_model)
+        except ValueError as error:
+            logger.info(f"Left out is {name}: {error}")
+        else:
+            configs.append(config)
+    return configs
 
 
 def _load_policy(model: ModelConfig, training: SFTConfig) -> Any:

@@ -303,6 +303,7 @@ def _note_target(found: _Tokens, first: _Tokens, positions: Tensor, target: Toke
     suspicion, preferred = _suspicion(probs, labels)
     # Of a step on the logits, Σ p (Q - p) s is what every token's probability gives to the others.
     drift = target.scale * torch.linalg.vecdot(policy, probs - policy)
+    moved = target.scale.abs() * (probs - policy).abs_().sum(-1) / 2
     found.add(
         trust=_rounded(target.trust),
         scale=_rounded(target.scale),
@@ -311,6 +312,7 @@ def _note_target(found: _Tokens, first: _Tokens, positions: Tensor, target: Toke
         preferred=preferred,
         kl=[None if value != value else value for value in _rounded(target.kl)],
         drift=_rounded(drift),
+        moved=_rounded(moved),
         q=_rounded(probs.gather(1, chosen)),
     )
 

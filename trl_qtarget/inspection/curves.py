@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..target.config import QTargetConfig
-from ..target.dense import build_target
+from ..target.dense import token_target
 
 
 VOCABULARY = 1000
@@ -15,10 +15,11 @@ VOCABULARY = 1000
 
 @dataclass(frozen=True)
 class Curve:
-    """Along `label_probs[n]`: the target's mass on the label, and the gradient on its logit, `s (p_y - Q_y)`."""
+    """Along `label_probs[n]`: γ, the target's mass on the label, and the gradient on its logit, `s (p_y - Q_y)`."""
 
     name: str
     label_probs: Tensor
+    trust: Tensor
     label_mass: Tensor
     gradient: Tensor
 
@@ -46,15 +47,11 @@ def method_curves(configs: Sequence[QTargetConfig], prior_label_prob: float = 0.
             raise ValueError("`residual='neighbors'` depends on a model's embeddings: leave it out.")
         uses_prior = config.objective(has_prior=True).uses_prior
         # Each point is a sequence of its own, so that a trust per sequence is a function of its one token.
-        target = build_target(
-            policy,
-            labels,
-            config,
-            prior_logits=prior if uses_prior else None,
-            sequence_ids=torch.arange(points),
+        _, target, _ = token_target(
+            policy, labels, config, prior if uses_prior else None, sequence_ids=torch.arange(points)
         )
-        mass = target.probs[:, 0]
-        curves.append(Curve(_name(config), probs, mass, target.scale * (probs - mass)))
+        mass = target.label_mass
+        curves.append(Curve(_name(config), probs, target.trust, mass, target.scale * (probs - mass)))
     return curves
 
 

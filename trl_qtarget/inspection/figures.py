@@ -33,7 +33,7 @@ def pyplot_to_files() -> Any:
     try:
         import matplotlib
     except ModuleNotFoundError:
-        raise ValueError("`trl-qtarget plot` needs matplotlib: pip install matplotlib.") from None
+        raise ValueError("a figure needs matplotlib: pip install matplotlib.") from None
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "trl-qtarget"
     from matplotlib import pyplot
@@ -59,7 +59,7 @@ def draw_methods(configs: Sequence[QTargetConfig], path: Path, prior_label_prob:
         axes.grid(alpha=0.3)
     # One legend for both, which are drawn alike but for the policy itself.
     gradients.legend(*masses.get_legend_handles_labels(), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    _save(figure, path)
+    save(figure, path)
     pyplot.close(figure)
 
 
@@ -126,13 +126,24 @@ def draw_runs(runs: dict[str, Path], path: Path) -> None:
     corner.axis("off")
     corner.legend(*panels[0].get_legend_handles_labels(), loc="upper left")
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
     pyplot.close(figure)
 
 
-def _save(figure: Any, path: Path) -> None:
+def check_path(path: Path) -> None:
+    """Raise a ValueError unless a figure can be drawn into a file of this name."""
+    pyplot_to_files()
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"`{path.name}` must end in .png, .svg or .pdf.")
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as a whole file, the same for the same figure.
+
+    Raises:
+        ValueError: the file's ending is none of .png, .svg and .pdf.
+    """
+    check_path(path)
     with replacing(path) as whole:
         metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(path.suffix[1:])
         figure.savefig(whole, format=path.suffix[1:], dpi=150, bbox_inches="tight", metadata=metadata)

@@ -69,16 +69,16 @@ class _ValueWithGradient(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _token_target(
+def token_target(
     logits: Tensor,
     labels: Tensor,
     config: QTargetConfig | str | dict[str, Any] | None,
     prior_logits: Tensor | None,
-    token_weights: Tensor | None,
-    sequence_ids: Tensor | None,
-    embeddings: Tensor | None,
-    ignore_index: int,
-    progress: float,
+    token_weights: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    embeddings: Tensor | None = None,
+    ignore_index: int = -100,
+    progress: float = 1.0,
 ) -> tuple[Objective, TokenTarget, Tensor]:
     """Check the arguments; return the objective, the target of the scored tokens, and their mask `[N]`."""
     # A target is a constant in forward mode too, which `no_grad` leaves on.
@@ -151,7 +151,7 @@ def build_target(
     Raises:
         ValueError: an argument is missing, misshapen or out of range.
     """
-    _, target, scored = _token_target(
+    _, target, scored = token_target(
         logits, labels, config, prior_logits, token_weights, sequence_ids, embeddings, ignore_index, progress
     )
     probs = torch.softmax(_to_statistics_dtype(logits.detach()), dim=-1)
@@ -185,7 +185,7 @@ def qtarget_loss(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"`reduction={reduction!r}` is unknown: choose 'mean', 'sum' or 'none'.")
-    objective, target, scored = _token_target(
+    objective, target, scored = token_target(
         logits, labels, config, prior_logits, token_weights, sequence_ids, embeddings, ignore_index, progress
     )
     scored_logits = _to_statistics_dtype(logits[scored])
