@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from trl_qtarget import QTargetConfig
 from trl_qtarget.loss.body import UnfitHead
-from trl_qtarget.loss.head import TargetRequest, add_target_head
+from trl_qtarget.loss.head import add_target_head
+from trl_qtarget.loss.request import TargetRequest
 
 
 pytestmark = pytest.mark.slow

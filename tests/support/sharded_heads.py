@@ -22,7 +22,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from trl_qtarget import QTargetConfig, qtarget_loss
-from trl_qtarget.loss.head import IGNORE_INDEX, PriorStates, Sealed, TargetRequest, add_target_head, head_of
+from trl_qtarget.loss.head import add_target_head, head_of
+from trl_qtarget.loss.request import IGNORE_INDEX, PriorStates, Sealed, TargetRequest
 from trl_qtarget.priors.base import base_model_of
 
 

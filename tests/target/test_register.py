@@ -394,3 +394,7 @@ def test_a_result_of_the_wrong_shape(way):
             evaluate(trust=trust, residual="policy")
     with pytest.raises(ValueError, match=r"`residual='one_row'` returned shape \[37\], not "):
         evaluate(trust="one", residual="one_row")
+
+
+def test_an_integer_that_no_float_holds_is_in_no_range():
+    assert 10**400 not in Range() and 10**308 in Range()

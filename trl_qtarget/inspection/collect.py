@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor, PreTrainedModel
 from trl import SFTConfig
 
-from ..loss.head import Observed
+from ..loss.request import Observed
 from ..priors.base import virtual_tokens
 from ..priors.choice import PolicyFacts, PriorChoice, PriorKind, check_models, choose_prior
 from ..target.config import QTargetConfig

@@ -21,18 +21,24 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..gemm import Head
-from ..target.checks import check_labels_inside
 from ..target.objective import Objective
 from .body import UnfitHead, head_module, module_of_product, no_logits, rows, run_body, run_head
 from .linear import LinearQTargetOutput, Observer, fused_loss
 from .probe import LogitTransform, check_weight, logits_of, measure, probe_inputs, read_logit_transform
+from .request import (
+    IGNORE_INDEX,
+    FinalHiddenOutput,
+    NextTokens,
+    PriorStates,
+    QTargetOutput,
+    Sealed,
+    TargetRequest,
+    next_token,
+)
 
-
-IGNORE_INDEX = -100
 
 _logger = logging.getLogger(__name__)
 
@@ -40,112 +46,6 @@ _logger = logging.getLogger(__name__)
 _TAUGHT = "_qtarget"
 # All that it changes of a model.
 CHANGED = ("forward", _TAUGHT)
-
-
-@dataclass
-class PriorStates:
-    """What a prior says about a batch: its final hidden states `[B, T, H']` and its LM head.
-
-    `head` is called when the loss is computed, so that a sharded head is whole for no longer than that.
-    """
-
-    hidden: Tensor
-    head: Callable[[], Head]
-
-
-@dataclass
-class NextTokens:
-    """The label of every position, already shifted, `[B·T]`, and the positions `[n]` of those that are not ignored.
-
-    To find the positions, the device has to finish all that it was given before: do it before a forward pass.
-    """
-
-    labels: Tensor
-    index: Tensor
-
-    @classmethod
-    def of(cls, labels: Tensor, vocabulary: int | None = None) -> "NextTokens":
-        """Of `labels[B, T]` as a collator makes them: entry `t + 1` is what position `t` predicts."""
-        return cls.shifted(_next_token(labels, IGNORE_INDEX), vocabulary)
-
-    @classmethod
-    def shifted(cls, labels: Tensor, vocabulary: int | None = None) -> "NextTokens":
-        """Of labels that are shifted already, flattened to `[B·T]`; a ValueError if one is outside the vocabulary."""
-        index = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-        if vocabulary is not None:
-            check_labels_inside(labels, index, vocabulary, IGNORE_INDEX)
-        return cls(labels, index)
-
-
-@dataclass
-class Observed:
-    """A target that is only looked at, beside the one that is trained toward and in the same forward pass.
-
-    `policy_prior`: whether the policy itself stands in for the prior.
-    """
-
-    objective: Objective
-    observer: Observer
-    policy_prior: bool = False
-
-
-@dataclass
-class TargetRequest:
-    """What the loss needs beside the model's inputs.
-
-    `token_weights` and `sequence_ids` are `[B, T]`, aligned with the labels before the shift. `prior` is called inside
-    the model's forward, before the policy's own pass. `next_tokens` are the labels, for a prior that runs before that
-    forward. `observer` sees every token's target; positions count the flattened `[B·T]` of the batch. After that, each
-    of `observed` has its turn.
-    """
-
-    objective: Objective
-    prior: Callable[[], PriorStates] | None = None
-    token_weights: Tensor | None = None
-    sequence_ids: Tensor | None = None
-    chunk_tokens: int | None = None
-    kernel: str = "auto"
-    observer: Observer | None = None
-    next_tokens: NextTokens | None = None
-    observed: Sequence[Observed] = ()
-
-
-class Sealed:
-    """A value that wrappers hand on as it is: FSDP2 takes dataclasses apart and rounds their tensors."""
-
-    def __init__(self, value: Any):
-        self.value = value
-
-
-@dataclass
-class QTargetOutput(ModelOutput):
-    """Loss toward the target with the statistics of every position, and the load-balancing loss of a MoE model.
-
-    `loss` is what the wrappers of the model see, may round and may add to, as PEFT's AdaLoRA does: a zero that hangs
-    on the loss, so that they know of its backward pass. The loss itself is `tokens.loss`; add both.
-    """
-
-    loss: Tensor | None = None
-    sealed: Sealed | None = None
-
-    @classmethod
-    def of(cls, tokens: LinearQTargetOutput, aux_loss: Tensor | None) -> "QTargetOutput":
-        return cls(tokens.loss.reshape(1)[:0].sum(), Sealed((tokens, aux_loss)))
-
-    @property
-    def tokens(self) -> LinearQTargetOutput:
-        return self.sealed.value[0]
-
-    @property
-    def aux_loss(self) -> Tensor | None:
-        return self.sealed.value[1]
-
-
-@dataclass
-class FinalHiddenOutput(ModelOutput):
-    """Final hidden states `[B, T, H]`, before the LM head."""
-
-    last_hidden_state: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -229,11 +129,6 @@ def _right_align(values: Tensor, length: int) -> Tensor:
     return F.pad(values, (0, 0) * (values.dim() - 2) + (missing, 0)) if missing else values
 
 
-def _next_token(values: Tensor, fill: float = 0) -> Tensor:
-    """Align `[B, T]` with the positions that predict: entry `t + 1` moves to `t`; flattened to `[B·T]`."""
-    return F.pad(values[:, 1:], (0, 1), value=fill).reshape(-1)
-
-
 def _next_tokens(
     request: TargetRequest, labels: Tensor | None, shift_labels: Tensor | None, vocabulary: int
 ) -> NextTokens:
@@ -266,7 +161,7 @@ def _target_loss(
         next_tokens = NextTokens.shifted(labels)
 
     def per_token(values: Tensor | None) -> Tensor | None:
-        return None if values is None else _next_token(_right_align(values, length)).to(device)
+        return None if values is None else next_token(_right_align(values, length)).to(device)
 
     # To `device`: a model split over devices may end on another one than its head.
     hidden = hidden.flatten(0, 1).to(device)

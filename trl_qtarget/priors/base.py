@@ -13,7 +13,8 @@ from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from ..loss.head import PriorStates, final_hidden_states
+from ..loss.head import final_hidden_states
+from ..loss.request import PriorStates
 
 
 def base_model_of(model: nn.Module) -> PreTrainedModel:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..files import replacing
 from ..gemm import Head
 from ..loss.body import inference
-from ..loss.head import PriorStates, head_of
+from ..loss.head import head_of
+from ..loss.request import PriorStates
 from .adapters import adapter_parameters
 from .base import Prior, backbone_states, base_model_of
 from .shards import exchanged, gather, in_fsdp2, in_zero3, reshard, scatter, share

@@ -18,7 +18,8 @@ from trl import SFTConfig
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import create_model_from_path
 
-from ..loss.head import PriorStates, add_target_head, check_head, head_of
+from ..loss.head import add_target_head, check_head, head_of
+from ..loss.request import PriorStates
 from ..target.checks import check_vocabulary
 from .base import Prior, base_model_of
 from .documents import accepted, has_documents, mixes_documents, states_of_documents

@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..loss.head import PriorStates
+from ..loss.request import PriorStates
 from .reference import ModelPrior
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from trl.data_utils import get_dataset_column_names, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from ..loss.head import IGNORE_INDEX
+from ..loss.request import IGNORE_INDEX
 
 
 WEIGHTS_KEY = "token_weights"

@@ -20,17 +20,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollato
 
 from ..loss.body import inference
 from ..loss.choice import check_kernel
-from ..loss.head import (
-    IGNORE_INDEX,
-    NextTokens,
-    Observed,
-    QTargetOutput,
-    Sealed,
-    TargetRequest,
-    add_target_head,
-    check_head,
-    vocabulary_of,
-)
+from ..loss.head import add_target_head, check_head, vocabulary_of
+from ..loss.request import IGNORE_INDEX, NextTokens, Observed, QTargetOutput, Sealed, TargetRequest
 from ..priors.base import PriorCallback, base_model_of, virtual_tokens
 from ..priors.build import build_prior
 from ..priors.choice import PolicyFacts, PriorChoice, PriorKind, check_models, choose_prior
