@@ -6,6 +6,8 @@ import logging
 import pytest
 import tiny
 import torch
+import transformers
+from packaging.version import Version
 from peft import AdaptionPromptConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from training import check_equals_dense, make_trainer, other_model, train_target, warm_model
@@ -95,6 +97,10 @@ TEACHERS = {
 }
 
 
+# Falcon does by its mask from transformers 5.24 on.
+TELL_DOCUMENTS_APART = {"llama"} | ({"alibi"} if Version(transformers.__version__) >= Version("5.24") else set())
+
+
 def teacher_of(kind: str):
     torch.manual_seed(5)
     teacher = TEACHERS[kind]().eval()
@@ -135,9 +141,8 @@ def test_packed_documents_are_those_of_padded_rows(kind):
         trainer.model.eval()
         batch = next(iter(trainer.get_train_dataloader()))
         losses.append(trainer.compute_loss(trainer.model, dict(batch)).item())
-        assert trainer._prior._mixes_documents is (
-            None if not options.keys() & {"packing", "padding_free"} else kind != "llama"
-        )
+        packed = options.keys() & {"packing", "padding_free"}
+        assert trainer._prior._mixes_documents is ((kind not in TELL_DOCUMENTS_APART) if packed else None)
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
 
 

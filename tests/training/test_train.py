@@ -140,7 +140,7 @@ def test_train_gradient_checkpointing_with_base_prior(peft, reentrant):
     assert worst(run.weights, plain.weights) < SAME
 
 
-@pytest.mark.skipif(torch.accelerator.current_accelerator() is None, reason="offloads from an accelerator")
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="offloads from an accelerator")
 @pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
 def test_train_activation_offloading(peft):
     options, config = {"use_cpu": False}, QTargetConfig("asft", prior="base")
