@@ -80,7 +80,7 @@ def main() -> None:
     looked_at = ["--model_name_or_path", str(WORK / "target_sft"), "--dtype", "float32", "--dataset_name", str(data)]
     command("inspect", *looked_at, "--methods", *METHODS, "--examples", "24", "--output", str(page))
     photograph(page)
-    drawn = ["--methods", "all", "--examples", str(EXAMPLES), "--alternatives", "2", "--map", str(FIGURES / "map.svg")]
+    drawn = ["--methods", "all", "--examples", "24", "--alternatives", "2", "--map", str(FIGURES / "map.svg")]
     command("inspect", *looked_at, *drawn, "--output", str(WORK / "all.html"))
 
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from trl_qtarget import METHODS, QTargetConfig
+from trl_qtarget.target.embeddings import Embeddings
 from trl_qtarget.target.residual import RESIDUALS
-from trl_qtarget.target.tile import Embeddings
 from trl_qtarget.target.trust import TRUSTS
 
 
@@ -143,6 +143,7 @@ REPRESENTATIVE = [
     # All that a design may ask for, at once.
     {"method": None, "trust": "rank * margin * collision * r", "residual": "guided"},
     {"method": "prift_mass"},
+    {"method": "mask_target", "softcap": 30.0},
     {"method": "target_sft", "vocabulary": "ragged", "out": "float32", "softcap": 30.0},
 ]
 

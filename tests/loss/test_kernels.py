@@ -298,17 +298,21 @@ def test_own_designs_run(own_designs):
         check_same(make_problem(13, 37, 6, 4, head="capped"), QTargetConfig(None, trust=trust, residual=residual))
 
 
-NOT_FOLDED = ("neighbors", "spared_prior", "spared_top")
+NOT_FOLDED = ("neighbors", "spared_top")
 
 
 def test_only_some_residuals_are_not_folded():
     # So a new published residual needs no new kernel; one that is no mixture still runs, by torch operations.
     for name in RESIDUALS:
         objective = QTargetConfig(None, trust="one", residual=name).objective(has_prior=True)
-        assert (folded.mixture_of(objective) is None) == (name in ("policy", *NOT_FOLDED)), name
+        assert (folded.made_by(objective) is None) == (name in NOT_FOLDED), name
     expected = {"uniform": (0, 0), "prior": (0, 1), "guided": (0.5, 0.5), "sharpened": (1 / 0.7, 0)}
     for name, shares in expected.items():
-        assert folded.mixture_of(QTargetConfig(None, trust="one", residual=name).objective(has_prior=True)) == shares
+        objective = QTargetConfig(None, trust="one", residual=name).objective(has_prior=True)
+        assert folded.made_by(objective) == ((*shares, False), False)
+    spared = QTargetConfig("mask_target").objective(has_prior=True)
+    assert folded.made_by(spared) == ((0, 1, True), True)
+    assert folded.made_by(QTargetConfig("sft").objective(has_prior=True)) == (None, False)
 
 
 # --- passes and memory ---

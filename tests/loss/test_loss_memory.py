@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss
 from trl_qtarget.loss import chunks
 from trl_qtarget.loss.kernels import plain
-from trl_qtarget.target import tile
+from trl_qtarget.target import embeddings
 
 
 # All is 2**10 times smaller than by default; what is per token or per vocabulary entry stays small beside it.
@@ -53,7 +53,7 @@ def chunk_bytes(monkeypatch):
     for module, name in (
         (chunks, "_CHUNK_ELEMENTS"),
         (plain, "DEFAULT_BLOCK_ELEMENTS"),
-        (tile, "_SEARCH_ELEMENTS"),
+        (embeddings, "_SEARCH_ELEMENTS"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name) >> SHRINK)
     monkeypatch.setattr(plain, "BLOCK_ELEMENTS", {})

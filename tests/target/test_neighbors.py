@@ -7,7 +7,7 @@ from rounding import HALF
 
 from trl_qtarget import QTargetConfig, build_target, gemm, linear_qtarget_loss
 from trl_qtarget.loss.kernels import plain
-from trl_qtarget.target import tile
+from trl_qtarget.target import embeddings
 
 
 def neighbors(**knobs) -> QTargetConfig:
@@ -44,7 +44,7 @@ def test_the_vocabulary_is_searched_once_per_label_of_a_call(searched, monkeypat
     assert distinct < tokens
     assert searched == {"norms": 1, "labels": tokens + distinct}
     # Searched in several pieces, the result is the same.
-    monkeypatch.setattr(tile, "_SEARCH_ELEMENTS", 4 * 37)
+    monkeypatch.setattr(embeddings, "_SEARCH_ELEMENTS", 4 * 37)
     pieces = linear_qtarget_loss(problem.hidden, problem.weight, problem.labels, config)
     assert relative_error(pieces.token_loss, expected.token_loss) < 1e-14
 

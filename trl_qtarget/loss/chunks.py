@@ -17,8 +17,9 @@ from torch import Tensor
 
 from .. import gemm
 from ..gemm import Head
+from ..target.embeddings import Embeddings
 from ..target.objective import Objective
-from ..target.tile import Embeddings, LabelStatistics, Tile
+from ..target.tile import LabelStatistics, Tile
 from ..target.token_target import TokenTarget
 from .zeros import ZeroSearch
 

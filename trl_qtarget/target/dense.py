@@ -19,8 +19,9 @@ from .checks import (
     check_vocabulary,
 )
 from .config import QTargetConfig
+from .embeddings import Embeddings
 from .objective import Objective
-from .tile import Embeddings, LabelStatistics, Tile, finite
+from .tile import LabelStatistics, Tile, finite
 from .token_target import TokenTarget
 
 

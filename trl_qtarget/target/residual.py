@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .registry import AtLeastTwo, Count, NonNegative, Positive, Share, Shelf, Unit
-from .tile import Measure, Tile, floor_of, tempered, without
+from .tile import Measure, Tile, floor_of, tempered
 from .token_target import Part
 
 
@@ -112,14 +112,10 @@ def flattened(tile: Tile, *, temperature: Positive = 1.3, beta: Share = -0.1) ->
 @register_residual("spared_prior", uses_prior=True)
 def spared_prior(tile: Tile, *, lam: NonNegative = 1.0) -> list[Part]:
     """Q = γ δ + (1 - γ) p + lam (π̄ - p̄), prior and policy without the label: an anchor that leaves the label alone."""
-    return _anchored(tile, without(tile.prior_log_probs, tile.labels), without(tile.log_probs, tile.labels), lam)
-
-
-def _anchored(tile: Tile, prior: Tensor, policy: Tensor, share: float) -> list[Part]:
     return [
         Part(tile.policy, 1.0, -1.0),
-        Part(tile.measure(prior), share, 0.0),
-        Part(tile.measure(policy), -share, 0.0),
+        Part(tile.spared(prior=1.0), lam, 0.0),
+        Part(tile.spared(policy=1.0), -lam, 0.0),
     ]
 
 

@@ -78,8 +78,7 @@ def tempered_label_loss(target: TokenTarget, *, beta: Positive = 0.8) -> Tensor:
 def spared_divergence(target: TokenTarget) -> Tensor:
     """γ NLL + lam KL(π̄‖p̄), prior and policy without the label, over all or some of the other tokens."""
     _, prior, policy = target.parts
-    kl = torch.linalg.vecdot(prior.measure.probs, prior.measure.log_probs - policy.measure.log_probs)
-    return target.trust * target.nll + prior.constant * kl
+    return target.trust * target.nll + prior.constant * prior.measure.divergence_from(policy.measure)
 
 
 def spared_cross_entropy(target: TokenTarget) -> Tensor:

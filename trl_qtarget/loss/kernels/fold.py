@@ -1,7 +1,8 @@
 """Triton: every statistic of a row of logits in one pass, as many of policy, prior and mixture as are asked for.
 
-A mixture is `softmax(A z + B t)` of the policy's logits `z` and the prior's `t`. Which one a target has is known to
-its residual alone (`Tile.mixture`); here are only the sums from which `folded.py` makes the statistics of any.
+A mixture is `softmax(A z + B t)` of the policy's logits `z` and the prior's `t`, over all columns or, `SPARED`, all
+but the label's. Which one a target has is known to its residual alone (`Tile.mixture`, `Tile.spared`); here are only
+the sums from which `folded_tile.py` makes the statistics of any.
 """
 
 import triton
@@ -18,7 +19,7 @@ PRIOR_MAX = tl.constexpr(5)  # of t; the same of the prior
 PRIOR_LOG_SUM = tl.constexpr(6)
 PRIOR_LABEL_LOGIT = tl.constexpr(7)
 PRIOR_IS_TOP1 = tl.constexpr(8)
-MIXTURE_LOG_SUM = tl.constexpr(9)  # log Σ exp(A (z - max) + B (t - max))
+MIXTURE_LOG_SUM = tl.constexpr(9)  # log Σ exp(A (z - max) + B (t - max)); `SPARED`: of z the maximum of the others
 MIXTURE_POLICY_MEAN = tl.constexpr(10)  # mean of z - max under the mixture
 MIXTURE_PRIOR_MEAN = tl.constexpr(11)  # mean of t - max under the mixture
 # Only where a design asks for them.
@@ -26,7 +27,9 @@ RANK = tl.constexpr(12)  # number of columns whose z is at least the label's
 RIVAL = tl.constexpr(13)  # largest z but for the label's
 COLLISION = tl.constexpr(14)  # Σ p²
 PRIOR_BELOW = tl.constexpr(15)  # prior mass of the columns whose t is below the label's
-ROWS = 16
+REST_MAX = tl.constexpr(16)  # largest z but for the label's, NaN where there is none
+REST_LOG_SUM = tl.constexpr(17)  # log Σ exp(z - max) without the label
+ROWS = 18
 
 # Columns of a lane in one step. What a lane keeps is brought up to date once for all of them, not for each.
 GROUP = tl.constexpr(4)
@@ -72,6 +75,7 @@ def fold_kernel(
     HAS_RIVAL: tl.constexpr,
     HAS_COLLISION: tl.constexpr,
     HAS_PRIOR_BELOW: tl.constexpr,
+    SPARED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per row. Every lane folds its own columns; the lanes are joined once, at the end.
@@ -117,6 +121,9 @@ def fold_kernel(
         if HAS_PRIOR:
             t = tl.load(prior_row + columns, mask=inside, other=FLOOR)
         z = tl.where(z < FLOOR, FLOOR, z)
+        if SPARED:
+            # Put aside until the end: beside a label that has nearly all of the mass, the others would underflow.
+            z = tl.where(columns == label, FLOOR, z)
         z_new = tl.maximum(z_max, tl.max(z, 0))
         z_before = tl.where(start + BLOCK <= label, z_new, z_before)
         z_step = z_new - z_max
@@ -154,6 +161,8 @@ def fold_kernel(
                 m_prior = m_prior - t_step * m_sum
             # A uniform mixture gives every column the same weight, so those beyond the last are put aside here.
             m = tl.where(inside, tl.where(m < FLOOR, FLOOR, m), FLOOR)
+            if SPARED:
+                m = tl.where(columns == label, FLOOR, m)
             m_moved = tl.where(m_moved < FLOOR, FLOOR, m_moved)
             m_new = tl.maximum(m_moved, tl.max(m, 0))
             shrink = exp(m_moved - m_new)
@@ -165,39 +174,56 @@ def fold_kernel(
             m_max = m_new
 
     out = out_ptr + row
-    z_top = tl.max(z_max, 0)
-    z_top = tl.where(known & (z_top > FLOOR), z_top, float("nan"))
-    z_step = z_top - z_max
-    shrink = exp(-z_step)
-    total = tl.sum(shrink * z_sum, 0)
     label_logit = tl.load(policy_row + label, mask=known, other=FLOOR)
     label_logit = tl.where(label_logit < FLOOR, FLOOR, label_logit)
+    top = tl.max(z_max, 0)
+    z_top = tl.maximum(top, label_logit) if SPARED else top
+    z_top = tl.where(known & (z_top > FLOOR), z_top, float("nan"))
+    top = tl.where(known & (top > FLOOR), top, float("nan"))
+    z_step = top - z_max
+    shrink = exp(-z_step)
+    total = tl.sum(shrink * z_sum, 0)
+    mean = tl.sum(shrink * (z_mean - z_step * z_sum), 0)
+    if HAS_COLLISION:
+        square = tl.sum(shrink * shrink * z_square, 0)
+    if SPARED:
+        tl.store(out + REST_MAX * out_stride, top)
+        tl.store(out + REST_LOG_SUM * out_stride, tl.log(total))
+        # The label comes back to the others, of which there may be none.
+        alone = (top != top) & (label_logit == label_logit)
+        lift, own = top - z_top, exp(label_logit - z_top)
+        mean = exp(lift) * (mean + lift * total)
+        mean = tl.where(alone, 0.0, mean) + own * (label_logit - z_top)
+        if HAS_COLLISION:
+            square = tl.where(alone, 0.0, exp(lift) * exp(lift) * square) + own * own
+        total = tl.where(alone, 0.0, exp(lift) * total) + own
     first = is_first(policy_row, label, label_logit, z_top, z_before, offsets, BLOCK, FLOOR)
     tl.store(out + POLICY_MAX * out_stride, z_top)
     tl.store(out + POLICY_LOG_SUM * out_stride, tl.log(total))
-    tl.store(out + POLICY_MEAN * out_stride, tl.sum(shrink * (z_mean - z_step * z_sum), 0) / total)
+    tl.store(out + POLICY_MEAN * out_stride, mean / total)
     tl.store(out + LABEL_LOGIT * out_stride, label_logit)
     if HAS_RANK:
-        tl.store(out + RANK * out_stride, tl.sum(rank, 0))
+        own_rank = tl.where(SPARED & (label_logit > FLOOR), 1.0, 0.0)  # among zeros it has been counted
+        tl.store(out + RANK * out_stride, tl.sum(rank, 0) + own_rank)
     if HAS_RIVAL:
         tl.store(out + RIVAL * out_stride, tl.max(rival, 0))
     if HAS_COLLISION:
-        tl.store(out + COLLISION * out_stride, tl.sum(shrink * shrink * z_square, 0) / (total * total))
+        tl.store(out + COLLISION * out_stride, square / (total * total))
     tl.store(out + IS_TOP1 * out_stride, (first & (total == total)).to(dtype))  # a NaN that is not the label's
     if HAS_PRIOR:
         t_top = tl.max(t_max, 0)
         t_top = tl.where(known & (t_top > FLOOR), t_top, float("nan"))
         t_step = t_top - t_max
-        label_logit = tl.load(prior_row + label, mask=known, other=FLOOR)
-        label_logit = tl.where(label_logit < FLOOR, FLOOR, label_logit)
-        first = is_first(prior_row, label, label_logit, t_top, t_before, offsets, BLOCK, FLOOR)
+        prior_logit = tl.load(prior_row + label, mask=known, other=FLOOR)
+        prior_logit = tl.where(prior_logit < FLOOR, FLOOR, prior_logit)
+        first = is_first(prior_row, label, prior_logit, t_top, t_before, offsets, BLOCK, FLOOR)
         tl.store(out + PRIOR_MAX * out_stride, t_top)
         if PRIOR_SUM:
             t_total = tl.sum(exp(-t_step) * t_sum, 0)
             tl.store(out + PRIOR_LOG_SUM * out_stride, tl.log(t_total))
             if HAS_PRIOR_BELOW:
                 tl.store(out + PRIOR_BELOW * out_stride, tl.sum(exp(-t_step) * t_below, 0) / t_total)
-        tl.store(out + PRIOR_LABEL_LOGIT * out_stride, label_logit)
+        tl.store(out + PRIOR_LABEL_LOGIT * out_stride, prior_logit)
         tl.store(out + PRIOR_IS_TOP1 * out_stride, first.to(dtype))
     if HAS_MIXTURE:
         m_moved = m_max - A * z_step

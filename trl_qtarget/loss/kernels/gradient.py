@@ -3,14 +3,15 @@
 import triton
 import triton.language as tl
 
-from .fold import MIXTURE_LOG_SUM, POLICY_LOG_SUM, POLICY_MAX, PRIOR_MAX, exp
+from .fold import MIXTURE_LOG_SUM, POLICY_LOG_SUM, POLICY_MAX, PRIOR_MAX, REST_LOG_SUM, REST_MAX, exp
 
 
 # Rows of the coefficients, `[COEFFICIENTS, n]`.
 OF_POLICY = tl.constexpr(0)
 OF_MIXTURE = tl.constexpr(1)
 OF_LABEL = tl.constexpr(2)
-COEFFICIENTS = 3
+OF_REST = tl.constexpr(3)  # of the policy without the label
+COEFFICIENTS = 4
 
 
 @triton.jit
@@ -43,6 +44,7 @@ def gradient_kernel(
     HAS_PRIOR: tl.constexpr,
     HAS_MIXTURE: tl.constexpr,
     HAS_ADDED: tl.constexpr,
+    SPARED: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -50,6 +52,7 @@ def gradient_kernel(
 ):
     """`out = c_p p + c_m softmax(A z + B t) + added + c_y δ(y)`, times the slope of a soft-cap if there is one.
 
+    `SPARED`: that mixture has no label, and `c_o p̄` is added, the policy without it.
     One program per row. `out` may be the memory of `policy`, in the same dtype or one of half its width.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -61,6 +64,10 @@ def gradient_kernel(
     z_log_sum = tl.load(folded + POLICY_LOG_SUM * folded_stride)
     of_policy = tl.load(coefficients + OF_POLICY * coefficients_stride)
     of_label = tl.load(coefficients + OF_LABEL * coefficients_stride)
+    if SPARED:
+        o_log_sum = tl.load(folded + REST_LOG_SUM * folded_stride)
+        o_max = tl.load(folded + REST_MAX * folded_stride)
+        of_rest = tl.load(coefficients + OF_REST * coefficients_stride)
     if HAS_MIXTURE:
         m_log_sum = tl.load(folded + MIXTURE_LOG_SUM * folded_stride)
         of_mixture = tl.load(coefficients + OF_MIXTURE * coefficients_stride)
@@ -73,13 +80,19 @@ def gradient_kernel(
         z = tl.load(policy_ptr + row * policy_stride + columns, mask=inside, other=0.0)
         z = tl.where(z < FLOOR, FLOOR, z)
         value = of_policy * exp(z - z_max - z_log_sum)
+        if SPARED:
+            of_policy_alone = value
+            # The label, perhaps far above the others, is put aside below.
+            value += of_rest * exp(tl.minimum(z - o_max, 0.0) - o_log_sum)
         if HAS_MIXTURE:
-            m = A * (z - z_max)
+            m = A * (z - (o_max if SPARED else z_max))
             if HAS_PRIOR:
                 t = tl.load(prior_ptr + row * prior_stride + columns, mask=inside, other=0.0)
                 t = tl.where(t < FLOOR, FLOOR, t)
                 m += B * (t - t_max)
             value += of_mixture * exp(m - m_log_sum)
+        if SPARED:
+            value = tl.where(columns == label, of_policy_alone, value)
         if HAS_ADDED:
             value += tl.load(added_ptr + row * added_stride + columns, mask=inside, other=0.0)
         value = tl.where(columns == label, value + of_label, value)

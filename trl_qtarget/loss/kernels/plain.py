@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ...gemm import Head
+from ...target.embeddings import Embeddings
 from ...target.objective import Objective
-from ...target.tile import Embeddings, Tile, finite, margin_of, odds_below, rank_of
+from ...target.tile import Tile, finite, margin_of, odds_below, rank_of
 from ...target.token_target import TokenTarget
 
 
