@@ -262,3 +262,32 @@ def test_statistics_are_float32(dtype):
     for name in ("loss", "token_loss", "nll", "trust", "label_mass", "kl", "entropy", "is_top1"):
         assert getattr(output, name).dtype == torch.float32
     assert output.scored.dtype == torch.bool
+
+
+@pytest.mark.parametrize("name", ["dft", "target_sft", "mask_target"])
+def test_a_nearly_certain_token_in_a_large_vocabulary(name):
+    """PyTorch's log-softmax on a CPU is off by percents of such a token's loss and gradient."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = 150_000
+    logits, prior = (2 * torch.randn(4, vocabulary, generator=generator) for _ in range(2))
+    labels = torch.arange(4)
+    for each in (logits, prior):
+        each[labels, labels] = 21.0  # p_y is 1 less some thousandths
+    config = QTargetConfig(name)
+    has_prior = config.objective(has_prior=True).uses_prior
+
+    def found(dtype: torch.dtype, by_head: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        z = logits.to(dtype).requires_grad_()
+        given = {"prior_logits": prior.to(dtype)} if has_prior else {}
+        if by_head:  # by a hidden state per token and the logits as the head: z = I Z
+            unit = torch.eye(4, dtype=dtype)
+            given = {"prior_hidden": unit, "prior_weight": prior.to(dtype).T} if has_prior else {}
+            loss = linear_qtarget_loss(unit, z.T, labels, config, **given).loss
+        else:
+            loss = qtarget_loss(z, labels, config, **given)
+        return loss.detach(), torch.autograd.grad(loss, z)[0]
+
+    truth = found(torch.float64, False)
+    for by_head in (False, True):
+        for value, wanted in zip(found(torch.float32, by_head), truth, strict=True):
+            assert (value - wanted).norm() < 5e-4 * wanted.norm(), (name, by_head)

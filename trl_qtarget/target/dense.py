@@ -21,7 +21,7 @@ from .checks import (
 from .config import QTargetConfig
 from .embeddings import Embeddings
 from .objective import Objective
-from .tile import LabelStatistics, Tile, finite
+from .tile import LabelStatistics, Tile, finite, log_softmax_
 from .token_target import TokenTarget
 
 
@@ -103,7 +103,7 @@ def token_target(
         return None if values is None else values[scored]
 
     scored_logits = _to_statistics_dtype(logits[scored])
-    log_probs = finite(torch.log_softmax(scored_logits, dim=-1), in_place=True)
+    log_probs = finite(log_softmax_(scored_logits.clone()), in_place=True)
     tile = Tile(
         log_probs=log_probs,
         labels=labels[scored],
@@ -155,7 +155,7 @@ def build_target(
     _, target, scored = token_target(
         logits, labels, config, prior_logits, token_weights, sequence_ids, embeddings, ignore_index, progress
     )
-    probs = torch.softmax(_to_statistics_dtype(logits.detach()), dim=-1)
+    probs = log_softmax_(_to_statistics_dtype(logits.detach()).clone()).exp_()
     probs[scored] = target.probs()
     scale = probs.new_zeros(len(labels))
     scale[scored] = target.scale

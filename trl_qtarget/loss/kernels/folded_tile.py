@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...target.embeddings import Embeddings
-from ...target.tile import Measure, Tile, entropy_of, finite, floor_of, mixed, top_values, without
+from ...target.tile import Measure, Tile, entropy_of, finite, floor_of, log_softmax_, mixed, top_values, without
 from . import fold
 
 
@@ -150,7 +150,7 @@ class FoldedTile(Tile):
 
     @cached_property
     def log_probs(self) -> Tensor:
-        return finite(torch.log_softmax(self.logits, dim=-1), in_place=True)
+        return finite(log_softmax_(self.logits.clone()), in_place=True)
 
     @cached_property
     def prior_logits(self) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...gemm import Head
 from ...target.embeddings import Embeddings
 from ...target.objective import Objective
-from ...target.tile import Tile, finite, margin_of, odds_below, rank_of
+from ...target.tile import Tile, finite, log_softmax_and_probs, margin_of, odds_below, rank_of
 from ...target.token_target import TokenTarget
 
 
@@ -72,8 +72,9 @@ class PlainKernel:
             compared["margin"] = margin_of(logits, labels)
         below = "prior_mass_below" in self.statistics and prior_logits is not None
         odds = odds_below(finite(prior_logits, in_place=True), labels) if below else None
+        log_probs, probs = log_softmax_and_probs(logits)
         tile = Tile(
-            log_probs=finite(torch.log_softmax(logits, dim=-1, out=logits), in_place=True),
+            log_probs=finite(log_probs, in_place=True),
             labels=labels,
             prior_logits=None if prior_logits is None else finite(prior_logits, in_place=True),
             token_weights=token_weights,
@@ -82,7 +83,9 @@ class PlainKernel:
         )
         if below:
             compared["prior_mass_below"] = odds * tile.prior_label_log_probs.exp()
-        vars(tile).update(compared)  # as if they had been asked for already
+        # As if they had been asked for already.
+        vars(tile).update(compared)
+        vars(tile.policy)["probs"] = probs
         return tile
 
     def write_gradient(
