@@ -18,8 +18,8 @@ from . import peers
 from .inputs import Inputs, Shape
 
 
-# Relative tolerance of losses and of gradients (as norms), against the first provider of an objective. In float32 it is
-# that of PyTorch's own log-softmax, which the dense providers take: it is off by 1.4e-4 for V = 151,936.
+# Relative tolerance of losses and of gradients (as norms), against the first provider of an objective. In float32 it
+# is that of PyTorch's own log-softmax, which the dense providers take: it is off by 1.4e-4 for V = 151,936.
 _TOLERANCES = {torch.float32: (5e-4, 1e-3), torch.bfloat16: (2e-2, 5e-2)}
 
 # Where these disagree, something is broken and no number is worth having.
