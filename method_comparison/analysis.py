@@ -36,7 +36,8 @@ class Difference:
 class Row:
     """A method in a setting, over the seeds of the test.
 
-    `solved[measure][seed]` is the share of right answers to each prompt.
+    `solved[measure][seed]` is the share of right answers to each prompt; `tuning_score` is the best score in tuning,
+    on a seed and prompts of its own.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Row:
     learning_rate: float | None = None
     knob: str = ""
     on_edge: bool = False
+    tuning_score: float | None = None
 
     def solved(self, measure: str) -> list[list[float]]:
         """Share of right answers: a list of prompts for each seed."""
@@ -181,9 +183,16 @@ class Tested:
         if not tests:
             return None
         method, search, scores = cell.method, cell.search(self.study), cell.scores(self.study, self.store)[0]
-        knob = f"{method.knob} = {method.ladder[search.best(scores).knob]:g}" if method.knob else ""
-        edge = bool(search.edges(scores))
-        return self._row(method.name, tests, learning_rate=tests[0].learning_rate, knob=knob, on_edge=edge)
+        best = search.best(scores)
+        knob = f"{method.knob} = {method.ladder[best.knob]:g}" if method.knob else ""
+        return self._row(
+            method.name,
+            tests,
+            learning_rate=tests[0].learning_rate,
+            knob=knob,
+            on_edge=bool(search.edges(scores)),
+            tuning_score=scores[best],
+        )
 
     def _rate_curve(self, cell: Cell) -> dict[float, float]:
         best: dict[float, float] = {}

@@ -33,6 +33,10 @@ or knob lies on an edge of what was tried.
 
 {{figure:differences}}
 
+## How well does one choice do everywhere
+
+{{everywhere}}
+
 ## Learning rates and knobs
 
 {{rates}}
@@ -79,6 +83,7 @@ def _fill(mark: str, tested: Tested, directory: Path) -> str:
         "models": tables.models_table,
         "wins": tables.wins_table,
         "differences": tables.difference_table,
+        "everywhere": tables.everywhere_table,
         "rates": tables.rates_table,
         "ratios": tables.ratios_table,
         "knobs": tables.knobs_table,

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable
 
 from .analysis import AT_BEST, BASE, MEASURES, TEACHER, Difference, Row, Tested, difference
+from .everywhere import CHOOSER, choices
 from .settings import Setting
 
 
@@ -107,6 +108,17 @@ def _differences(name: str, tested: Tested, baseline: str) -> list[list[Differen
     """For each setting with both, the difference under each measure."""
     pairs = [(tested.row(s, name), tested.row(s, baseline)) for s in tested.compared(name, baseline)]
     return [[difference(row, other, measure) for measure in MEASURES] for row, other in pairs]
+
+
+def everywhere_table(tested: Tested) -> str:
+    """How well one choice does in all settings, the best first."""
+    lines = []
+    for choice in choices(tested):
+        name = choice.name if choice.name == CHOOSER else f"`{choice.name}`"
+        unbeaten = [f"{count} of {choice.settings}" for count in choice.unbeaten]
+        lines.append([name, *unbeaten, *(_percent(regret) for regret in choice.regret)])
+    heads = ["always", *(f"unbeaten, {measure}" for measure in MEASURES), *(f"regret, {each}" for each in MEASURES)]
+    return _table(heads, lines)
 
 
 def choices_table(tested: Tested, cell: Callable[[Row], str]) -> str:

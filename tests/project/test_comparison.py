@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launch import end, finish, start
 
-from method_comparison import analysis, page, settings
+from method_comparison import analysis, everywhere, page, settings
 from method_comparison.__main__ import COMMITTED
 from method_comparison.analysis import AT_BEST, AT_ONE, GREEDY, Row, difference
 from method_comparison.runs import TEST, TUNE, Run, base_run, check, make_run, score
@@ -212,6 +212,32 @@ def test_trainings_that_settings_share_are_compared_once():
     assert [setting.name for setting in tested.compared("dft", "sft")] == ["wrong30"]
     assert [setting.name for setting in tested.compared("asft", "sft")] == ["wrong30", "wrong30+strong"]
     assert tested.compared("sft", "sft") == tested.compared("gem", "sft") == []
+
+
+def test_one_choice_everywhere_is_judged_by_all_but_controls():
+    """Two settings, each solved by another method; the control is right everywhere and judges nobody."""
+    study = settings.load()
+    right, wrong = {"0": [1] * 16, "1": [4] * 16}, {"0": [0] * 16, "1": [0] * 16}
+    tested = object.__new__(analysis.Tested)
+    tested.study = study
+    tested._rows = {setting.name: {} for setting in study.settings}
+
+    def row(name: str, solved: dict[str, list[int]], score: float) -> Row:
+        return Row(name, ({"solved": solved, "others": {}},) * 2, 4, tuning_score=score)
+
+    tested._rows["unseen"] = {"sft": row("sft", right, 0.9), "dft": row("dft", wrong, 0.5)}
+    tested._rows["wrong30"] = {"sft": row("sft", wrong, 0.6), "dft": row("dft", right, 0.7)}
+    tested._rows["wrong30"]["sft_again"] = row("sft_again", right, 0.99)
+    found = {choice.name: choice for choice in everywhere.choices(tested)}
+    assert list(found)[0] in (everywhere.CHOOSER, "sft_again")
+    for name, count, unbeaten, regret in (
+        (everywhere.CHOOSER, 2, 2, 0.0),
+        ("sft", 2, 1, 0.5),
+        ("dft", 2, 1, 0.5),
+        ("sft_again", 1, 1, 0.0),
+    ):
+        assert found[name].settings == count
+        assert found[name].unbeaten == (unbeaten,) * 3 and found[name].regret == (regret,) * 3, name
 
 
 def test_committed_page_says_what_the_committed_results_say(tmp_path):
