@@ -229,7 +229,7 @@ def test_one_choice_everywhere_is_judged_by_all_but_controls():
     tested._rows["wrong30"] = {"sft": row("sft", wrong, 0.6), "dft": row("dft", right, 0.7)}
     tested._rows["wrong30"]["sft_again"] = row("sft_again", right, 0.99)
     found = {choice.name: choice for choice in everywhere.choices(tested)}
-    assert list(found)[0] in (everywhere.CHOOSER, "sft_again")
+    assert next(iter(found)) in (everywhere.CHOOSER, "sft_again")
     for name, count, unbeaten, regret in (
         (everywhere.CHOOSER, 2, 2, 0.0),
         ("sft", 2, 1, 0.5),
