@@ -33,7 +33,8 @@ LOSS_BUFFERS = dict.fromkeys(METHODS, 3) | {
     **dict.fromkeys(("iw_sft", "psft", "asft_k3", "prift", "prift_mass", "tofu"), 4),
     **dict.fromkeys(("label_smoothing", "sft_kl", "asft", "gem", "distill", "distill_hybrid", "gift", "otr"), 5),
     "target_sft": 6,
-    **dict.fromkeys(("mask_target", "lp_sft"), 7),
+    "lp_sft": 7.25,
+    "mask_target": 8,
 }
 # The same of a loss on dense logits, `[N, V]` each: the policy's logits and `qtarget_loss` through autograd.
 DENSE_BUFFERS = dict.fromkeys(METHODS, 6) | {

@@ -16,7 +16,7 @@ from training import train_target
 from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss
 from trl_qtarget.gemm import Head
 from trl_qtarget.loss import choice
-from trl_qtarget.loss.kernels import folded, gradient
+from trl_qtarget.loss.kernels import folded, folded_tile, gradient
 
 
 pytestmark = pytest.mark.skipif(not choice._interpreted(), reason="on a GPU the kernels are compiled: test_cuda.py")
@@ -75,9 +75,9 @@ def test_auto_takes_triton_where_it_is_at_home_and_right(as_on_a_gpu, monkeypatc
 @pytest.mark.parametrize("fault", ["wrong statistic", "wrong gradient", "no compiler"])
 def test_auto_falls_back_with_one_warning(as_on_a_gpu, fault, monkeypatch, caplog):
     if fault == "wrong statistic":
-        monkeypatch.setattr(folded.FoldedPolicy, "entropy", property(lambda self: self.tile.label_probs))
+        monkeypatch.setattr(folded_tile.FoldedPolicy, "entropy", property(lambda self: self.tile.label_probs))
     elif fault == "wrong gradient":
-        monkeypatch.setattr(gradient, "COEFFICIENTS", 3)
+        monkeypatch.setattr(gradient, "COEFFICIENTS", 4)
         monkeypatch.setattr(folded.FoldingKernel, "slope", lambda self, head, logits: (1.01, 0.0))
     else:
         monkeypatch.setattr(folded.FoldingKernel, "tile", lambda *arguments: 1 / 0)
