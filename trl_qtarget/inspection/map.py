@@ -124,13 +124,14 @@ def draw_map(data: dict[str, Any], configs: Sequence[QTargetConfig], path: Path)
     pyplot, found = pyplot_to_files(), places(data, configs)
     groups = sorted({place.group for place in found}, key=_order)
     figure = pyplot.figure(figsize=(3.2 * len(groups), 10))
-    grid = figure.add_gridspec(2, len(groups), height_ratios=(1, 2), hspace=0.25)
+    grid = figure.add_gridspec(2, len(groups), height_ratios=(1, 2), hspace=0.25, wspace=0.2)
     chart = figure.add_subplot(grid[1, :])
     for column, group in enumerate(groups):
         members = [(place, config) for place, config in zip(found, configs, strict=True) if place.group == group]
         axes = figure.add_subplot(grid[0, column])
         _draw_curves(axes, members, pyplot)
         axes.set_title(group, fontsize=10)
+        axes.set_ylabel("trust γ" if column == 0 else "")
         stands = [place for place, _ in members if not math.isnan(place.learns_at)]
         chart.scatter(
             [place.learns_at for place in stands],
@@ -141,7 +142,7 @@ def draw_map(data: dict[str, Any], configs: Sequence[QTargetConfig], path: Path)
             label=group,
         )
     _name_points(chart, found)
-    chart.set_xlabel("mean p(y) of what it moves: left of it, what the model does not know yet")
+    chart.set_xlabel("mean p(y) of what it moves; to the left, what the model does not know yet")
     chart.set_ylabel("share of it that goes to the labels")
     chart.set_title(
         f"{data['model']} on {data['dataset'] or 'a sample'}; the larger a point, the higher its mean trust"
@@ -169,9 +170,8 @@ def _draw_curves(axes: Any, members: Sequence[tuple[Place, QTargetConfig]], pypl
             label=place.title,
         )
     axes.set_xlabel("p(y)")
-    axes.set_ylabel("trust γ")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=6)
+    axes.legend(fontsize=6, loc="best", framealpha=0.6)
 
 
 def _name_points(axes: Any, found: Sequence[Place]) -> None:
