@@ -18,9 +18,10 @@ from . import peers
 from .inputs import Inputs, Shape
 
 
-# Relative tolerance of losses and of gradients (as norms), against the first provider of an objective. In float32 it
-# is that of PyTorch's own log-softmax, which the dense providers take: it is off by 1.4e-4 for V = 151,936.
-_TOLERANCES = {torch.float32: (5e-4, 1e-3), torch.bfloat16: (2e-2, 5e-2)}
+# Relative tolerance of losses and of gradients (as norms), against the first provider of an objective.
+_TOLERANCES = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (2e-2, 5e-2)}
+# Of losses where one of the two takes PyTorch's own log-softmax, which is off by 1.4e-4 for V = 151,936 on a CPU.
+_OWN_LOG_SOFTMAX, _LOG_SOFTMAX_TOLERANCE = ("dense", "compile"), 5e-4
 
 # Where these disagree, something is broken and no number is worth having.
 _KNOWN_TO_AGREE = ("qtarget", "qtarget-torch", "trl", "dense")
@@ -197,8 +198,10 @@ def check_agreement(names: Iterable[str], inputs: Inputs) -> list[str]:
         errors = [(loss.detach() - expected).abs() / expected.abs()]
         for gradient, known in zip(gradients, expected_gradients, strict=True):
             errors.append((gradient - known).norm() / known.norm())
+        takes_own = any(each.split("/")[0] in _OWN_LOG_SOFTMAX for each in (name, other))
+        allowed = max(loss_tolerance, _LOG_SOFTMAX_TOLERANCE) if takes_own else loss_tolerance
         # `not <=` also catches NaN.
-        if not (errors[0] <= loss_tolerance and max(errors[1:]) <= grad_tolerance):
+        if not (errors[0] <= allowed and max(errors[1:]) <= grad_tolerance):
             able.remove(name)
             message = (
                 f"{name} and {other} disagree: relative errors of the loss and of the gradients "

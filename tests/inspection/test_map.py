@@ -39,7 +39,7 @@ def test_numbers_by_hand():
     assert (profit.trust, profit.to_label, profit.zeros, profit.learns_at) == (0.5, 1.0, 0.5, 0.75)
     assert distill.to_label == pytest.approx(0.0) and distill.group == "distilling"
     # Pulls (0.75, 0.25), (0, 0.25), (0.2, -0.2).
-    assert sft.twin == "distill" and sft.likeness == pytest.approx(0.5 / math.sqrt(2) / math.hypot(0.75, 0.25) * 1.0)
+    assert sft.twin == "distill" and sft.likeness == pytest.approx(0.5 / math.sqrt(2) / math.hypot(0.75, 0.25))
     assert profit.twin == "sft"
 
 
@@ -72,6 +72,9 @@ def test_map_of_a_model(tmp_path):
     assert found["label_smoothing"].to_label < 1 and found["distill"].trust == 0
     assert found["dft"].learns_at > found["sft"].learns_at  # of what it moves, more is known
     lines = table(list(found.values())).splitlines()
-    assert len(lines) == len(configs) + 1 and lines[1].startswith("asft_k1") and len({len(line) for line in lines[:1]})
+    assert len(lines) == len(configs) + 1 and lines[1].startswith("asft_k1")
+    for title, place in found.items():
+        (line,) = [line for line in lines if line.startswith(f"{title} ") and line[: line.index("  ")] == title]
+        assert f"{place.trust:.2f}" in line and f"{place.to_label:.2f}" in line and f"{place.twin} (" in line
     draw_map(data, configs, tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "map.svg").read_bytes()

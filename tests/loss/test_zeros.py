@@ -24,7 +24,17 @@ WITH_ZEROS = {
     "formula of weights": QTargetConfig(method=None, trust="one", residual="policy", scale="weight"),
 }
 KERNELS = ["torch", "triton"]
-pytestmark = pytest.mark.skipif(not choice._interpreted(), reason="on a GPU the kernels are compiled: test_cuda.py")
+
+
+@pytest.fixture(autouse=True)
+def interpreter(request):
+    """Triton's kernels run on a CPU in its interpreter alone; where a GPU compiles them, test_cuda.py has its turn."""
+    if (
+        "kernel" in request.fixturenames
+        and request.getfixturevalue("kernel") == "triton"
+        and not choice._interpreted()
+    ):
+        pytest.skip("on a GPU the kernels are compiled: test_cuda.py")
 
 
 @pytest.fixture

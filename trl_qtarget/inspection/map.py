@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def _with_twin(place: Place, number: int, found: list[Place], pulls: list[list[f
     if not likeness:
         return place
     twin = max(likeness, key=likeness.get)
-    return Place(**{**vars(place), "twin": found[twin].title, "likeness": likeness[twin]})
+    return replace(place, twin=found[twin].title, likeness=likeness[twin])
 
 
 def _over(part: float, whole: float) -> float:

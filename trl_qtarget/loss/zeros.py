@@ -19,7 +19,7 @@ _WORTHWHILE = 1 / 8
 
 def tokens_that_pull(target: TokenTarget) -> Tensor:
     """Whether each token has a gradient, `[n]` (bool); it has one where its own numbers are NaN."""
-    terms, of_label = target.gradient()
+    terms, of_label = target.gradient
     pulls = (of_label != 0) | target.nll.isnan()
     for _, coefficient in terms:
         pulls |= coefficient != 0

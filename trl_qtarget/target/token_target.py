@@ -80,6 +80,7 @@ class TokenTarget:
         label, trust = self.tile.labels[:, None], self.trust[:, None]
         return sum(self.share(part)[:, None] * part.measure.probs for part in self.parts).scatter_add(1, label, trust)
 
+    @cached_property
     def gradient(self) -> tuple[list[tuple[Measure, Tensor]], Tensor]:
         """`s (p - Q)` as coefficients `[n]` of measures, each measure once, and the coefficient `[n]` of the label.
 
@@ -99,7 +100,7 @@ class TokenTarget:
 
     def logits_gradient(self) -> Tensor:
         """`s (p - Q)` over the logits `[n, V]`, a new tensor."""
-        terms, of_label = self.gradient()
+        terms, of_label = self.gradient
         (first, coefficient), *others = terms
         gradient = first.probs * coefficient[:, None]
         for measure, coefficient in others:

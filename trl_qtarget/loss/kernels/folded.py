@@ -17,10 +17,9 @@ from ...target.objective import Objective
 from ...target.tile import SMALLEST_SHARE, floor_of
 from ...target.token_target import TokenTarget, parts_of
 from . import fold, gradient
-from .folded_tile import Asked, FoldedMeasure, FoldedRest, FoldedTile, Shares
+from .folded_tile import POLICY, Asked, FoldedMeasure, FoldedRest, FoldedTile, Shares
 
 
-POLICY = Shares(1.0, 0.0)
 # The largest share of a mixture that is folded: beyond it, `share · floor` would overflow. Below the smallest one it
 # would be no longer a probability of zero.
 _LARGEST_SHARE = 1024.0
@@ -165,7 +164,7 @@ class FoldingKernel:
         Of the tokens in `rows[m]`, ascending, or of all. Returns how many rows were written.
         """
         tile, (scale, softcap) = target.tile, slope
-        terms, of_label = target.gradient()
+        terms, of_label = target.gradient
         factor = factor * scale
         coefficients = torch.zeros_like(tile.folded[: gradient.COEFFICIENTS])
         coefficients[gradient.OF_LABEL.value] = factor * of_label

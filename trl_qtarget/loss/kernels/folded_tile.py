@@ -21,6 +21,9 @@ class Shares(NamedTuple):
     spared: bool = False
 
 
+POLICY = Shares(1.0, 0.0)
+
+
 class Asked(NamedTuple):
     """What is folded beside what every target needs: the prior's sum, statistics of a tile by name, and `spared`.
 
@@ -35,9 +38,8 @@ class Asked(NamedTuple):
 class FoldedMeasure(Measure):
     """A mixture `softmax(policy · z + prior · t)` of which the statistics are known, and the tensor only if asked."""
 
-    def __init__(self, tile: "FoldedTile", policy: float, prior: float, spared: bool = False):
-        self.tile, self.shares, self.labels = tile, (policy, prior), tile.labels
-        self.spared = spared
+    def __init__(self, tile: "FoldedTile", shares: Shares):
+        self.tile, self.shares, self.labels = tile, shares, tile.labels
 
     @property
     def policy_log_probs(self) -> Tensor:
@@ -45,17 +47,17 @@ class FoldedMeasure(Measure):
 
     @cached_property
     def log_probs(self) -> Tensor:
-        policy, prior = self.shares
+        policy, prior, spared = self.shares
         if (policy, prior) == (1.0, 0.0):
             log_probs = self.tile.log_probs
         else:
             log_probs = mixed(self.tile.log_probs, self.tile.prior_logits, policy, prior)
-        return without(log_probs, self.labels) if self.spared else log_probs
+        return without(log_probs, self.labels) if spared else log_probs
 
     @cached_property
     def label_log_probs(self) -> Tensor:
-        tile, (policy, prior) = self.tile, self.shares
-        if self.spared:
+        tile, (policy, prior, spared) = self.tile, self.shares
+        if spared:
             return torch.full_like(tile.row(fold.LABEL_LOGIT), floor_of(tile.logits.dtype))
         label = policy * (tile.row(fold.LABEL_LOGIT) - tile.row(fold.POLICY_MAX))
         if prior:
@@ -64,7 +66,7 @@ class FoldedMeasure(Measure):
 
     @cached_property
     def entropy(self) -> Tensor:
-        row, (policy, prior) = self.tile.row, self.shares
+        row, (policy, prior, _) = self.tile.row, self.shares
         mean = policy * row(fold.MIXTURE_POLICY_MEAN)
         if prior:
             mean = mean + prior * row(fold.MIXTURE_PRIOR_MEAN)
@@ -74,7 +76,7 @@ class FoldedMeasure(Measure):
     def cross_entropy(self) -> Tensor:
         row = self.tile.row
         found = row(fold.POLICY_LOG_SUM) - row(fold.MIXTURE_POLICY_MEAN)
-        return found + row(fold.POLICY_MAX) - row(fold.REST_MAX) if self.spared else found
+        return found + row(fold.POLICY_MAX) - row(fold.REST_MAX) if self.shares.spared else found
 
     def divergence_from(self, other: Measure) -> Tensor:
         if not isinstance(other, FoldedRest):
@@ -110,7 +112,7 @@ class FoldedPolicy(FoldedMeasure):
     """The policy itself."""
 
     def __init__(self, tile: "FoldedTile"):
-        super().__init__(tile, 1.0, 0.0)
+        super().__init__(tile, POLICY)
 
     @property
     def label_log_probs(self) -> Tensor:
@@ -184,7 +186,7 @@ class FoldedTile(Tile):
 
     @cached_property
     def _mixture(self) -> FoldedMeasure:
-        return FoldedMeasure(self, *self.shares)
+        return FoldedMeasure(self, self.shares)
 
     @cached_property
     def label_log_probs(self) -> Tensor:

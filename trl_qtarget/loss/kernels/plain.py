@@ -95,7 +95,7 @@ class PlainKernel:
 
         Of the tokens in `rows[m]`, ascending, or of all. Returns how many rows were written.
         """
-        terms, of_label = target.gradient()
+        terms, of_label = target.gradient
         labels = target.tile.labels
         pairs = [(measure.probs, (factor * value)[:, None]) for measure, value in terms]
         of_label = factor * of_label
