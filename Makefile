@@ -34,7 +34,7 @@ demo: $(VENV)/.ready
 
 # Two workers of one thread each: tiny models gain nothing from more threads.
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m "not slow and not distributed" $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup -m "not slow and not distributed" $(ARGS)
 
 test-slow: $(VENV)/.ready
 	$(RUN) -m pytest -m slow $(ARGS)

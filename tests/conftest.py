@@ -31,6 +31,26 @@ def pytest_configure(config):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+# Files whose fixtures are jobs of two processes, trainings of a command, or a browser: one worker runs all of each, so
+# that none is started twice.
+_TOGETHER = {
+    **dict.fromkeys(("test_inspection_page", "test_inspection_display"), "browser"),
+    **{
+        name: name
+        for name in (
+            *("test_scale", "test_sharded_heads", "test_contract_sharded", "test_quantized", "test_interruption"),
+            *("test_sft_script", "test_recipes", "test_plot", "test_package"),
+        )
+    },
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if group := _TOGETHER.get(item.path.stem):
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture
 def logged(caplog):
     """Messages that the package logs during a test."""
@@ -48,7 +68,7 @@ def nodes():
 # --- the page of an inspection, in Chromium ---
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright's Python package is not installed")
     program = shutil.which("chromium") or shutil.which("google-chrome")

@@ -77,8 +77,7 @@ VARIANTS = [
 
 # What `make test` runs of it.
 QUICK = {
-    "ddp": [Cell("asft", "base", True), _STRANGER, _ADALORA],
-    "zero2": [Cell("psft", "lagged"), _BESIDE],
+    "ddp": [Cell("asft", "base", True), Cell("psft", "lagged"), _STRANGER, _ADALORA],
     "zero3-partitioned": [
         _checkpointing(Cell("asft", "base", True), reentrant=True),
         Cell("target_sft", "model"),

@@ -33,10 +33,8 @@ def with_zero3(node: Node, folder: Path) -> list[str]:
     return [*command, "--main_process_ip", node.head, "--main_process_port", str(node.port)]
 
 
-@pytest.mark.parametrize(
-    ("backend", "launcher"),
-    [("ddp", with_torchrun), pytest.param("zero3-partitioned", with_zero3, marks=pytest.mark.distributed)],
-)
+@pytest.mark.distributed
+@pytest.mark.parametrize(("backend", "launcher"), [("ddp", with_torchrun), ("zero3-partitioned", with_zero3)])
 def test_two_nodes_give_the_one_process_result(backend, launcher, nodes, truths, tmp_path):
     arguments = [CELLS_SCRIPT, *script_arguments(CELLS, tmp_path)]
     run_nodes(nodes, [[*launcher(node, tmp_path), *arguments] for node in nodes], tmp_path)

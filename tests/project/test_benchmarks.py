@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from thinned import thinned
 
 
 pytest.importorskip("trl.kernels.chunked_divergence", reason="the benchmarks measure TRL's losses, which are newer")
@@ -58,6 +59,7 @@ def test_head_writes_rows_of_all_that_can_run(tmp_path):
     assert "qtarget/target_sft" in report.table(read_results(output))
 
 
+@pytest.mark.slow
 def test_memory_writes_rows(tmp_path):
     output = tmp_path / "memory.csv"
     options = ["--repeats", "1", "--device", "cpu", "--output", str(output)]
@@ -158,7 +160,7 @@ def test_sweep_on_a_cpu_begins_where_a_chunk_is_full():
     assert min(point.shape.N * point.shape.V for point in sweep.points_of(grid, "fp32", ["fp32"])) >= 1 << 26
 
 
-@pytest.mark.parametrize("mode", ["full", "qlora"])
+@pytest.mark.parametrize("mode", thinned(["full", "qlora"], lambda mode: mode == "full"))
 def test_step_runs_trainers_with_a_reference_model(mode, tmp_path):
     if reason := step.missing(mode):
         pytest.skip(reason)

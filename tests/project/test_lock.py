@@ -87,6 +87,7 @@ def two_ranks(script: str, folder: Path, log: Path) -> list[str]:
     return sorted(line for line in log.read_text().splitlines() if line.startswith("rank"))
 
 
+@pytest.mark.distributed
 def test_refusal_reaches_every_rank(other, script, tmp_path):
     lines = two_ranks(script, tmp_path / "out", tmp_path / "log.txt")
     assert len(lines) == 2
@@ -102,6 +103,7 @@ def test_folder_that_cannot_be_made_is_told_to_every_rank(script, tmp_path):
         assert line.startswith(f"rank {rank} is refused: `output_dir`: {tmp_path}/file cannot be made (")
 
 
+@pytest.mark.distributed
 def test_ranks_of_one_job_share_the_folder(script, tmp_path):
     assert two_ranks(script, tmp_path / "out", tmp_path / "log.txt") == ["rank 0 runs", "rank 1 runs"]
 

@@ -45,7 +45,7 @@ OPTIONS = {
     "seed": {"seed": 7, "data_seed": 3, "shuffle_dataset": True},
     "chat_template": {"chat_template_path": "template"},
 }
-QUICK = ("neftune", "checkpointing-selective", "compiled", "bf16", "by_length", "epochs", "chat_template")
+QUICK = ("neftune", "checkpointing-selective", "bf16", "by_length", "epochs", "chat_template")
 # Products of bfloat16: two ways to add them up differ in their last digit.
 ROUGH = ("bf16", "bf16_evaluation")
 
