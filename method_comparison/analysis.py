@@ -10,7 +10,7 @@ from .evaluation import mean
 from .runs import Run
 from .settings import Setting, Study
 from .store import Store
-from .study import Cell, cells
+from .study import Cell, cells, finalists
 
 
 # Names of the three ways to read an accuracy, as the tables print them.
@@ -106,10 +106,11 @@ def difference(row: Row, baseline: Row, measure: str) -> Difference:
     """
     pairs = zip(row.solved(measure), baseline.solved(measure), strict=True)
     seeds = [[a - b for a, b in zip(mine, theirs, strict=True)] for mine, theirs in pairs]
-    return _with_error(seeds)
+    return with_error(seeds)
 
 
-def _with_error(seeds: Sequence[Sequence[float]]) -> Difference:
+def with_error(seeds: Sequence[Sequence[float]]) -> Difference:
+    """The mean of paired differences, a list of prompts for each seed, and the larger of its two errors."""
     prompts = [value for seed in seeds for value in seed]
     errors = [statistics.stdev(prompts) / len(prompts) ** 0.5 if len(prompts) > 1 else float("inf")]
     if len(seeds) > 1:
@@ -159,6 +160,18 @@ class Tested:
         """Names of the methods that a setting takes and that have not been tested in it with all seeds."""
         takes = [cell.method.name for cell in self._cells if cell.setting == setting]
         return [name for name in takes if self.row(setting, name) is None]
+
+    def finals(self, setting: Setting) -> dict[str, tuple[dict[str, Any], ...]]:
+        """What the finalists of a setting's tuning solved there, on both of its seeds; empty if one is missing."""
+        seeds = (self.study.tuning["seed"], self.study.chooser["seed"])
+        found = {}
+        for cell in finalists([cell for cell in self._cells if cell.setting == setting], self.study, self.store):
+            point = cell.chosen(self.study, self.store)
+            keys = [cell.run(self.study, point, runs.TUNE, seed).key for seed in seeds]
+            if not all(key in self.store for key in keys):
+                return {}
+            found[cell.method.name] = tuple(self.store[key] for key in keys)
+        return found
 
     def rate_curves(self, method: str) -> list[dict[float, float]]:
         """For each setting, the best score in tuning at every learning rate that was tried."""

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from .analysis import MEASURES, Row, Tested, difference
+from .analysis import AT_ONE, GREEDY, MEASURES, Row, Tested, difference, with_error
 from .evaluation import mean
 from .settings import Setting
 
 
 CHOOSER = "the best in tuning"
+FAIR = "the fair chooser"
+RULES = (CHOOSER, FAIR)
+Rule = Callable[[Setting, list[Row], str], Row | None]
 
 
 @dataclass(frozen=True)
@@ -16,7 +20,7 @@ class Choice:
     """A rule that takes one method in each setting.
 
     Attributes:
-        name: a method that is always taken, or `CHOOSER`.
+        name: a method that is always taken, or one of `RULES`.
         settings: in how many settings it takes one.
         unbeaten: for each measure, in how many of them no method is better beyond two standard errors.
         regret: for each measure, the mean distance in accuracy to the best method in hindsight.
@@ -29,34 +33,66 @@ class Choice:
 
 
 def choices(tested: Tested) -> list[Choice]:
-    """Every method taken always, and in each setting the method with the best tuning score; the best rule first.
+    """Every method taken always, and the rules that take one in each setting by its tuning; the best first.
 
     A control, which is a method for the second time, is judged and judges nobody: it would beat its twin by chance.
     """
     methods = {method.name: method.replica for method in tested.study.methods}
-
-    def always(name: str) -> Callable[[list[Row]], Row | None]:
-        return lambda rows: next((row for row in rows if row.name == name), None)
-
-    rules = {name: always(name) for name in methods}
-    rules[CHOOSER] = lambda rows: max((row for row in rows if not methods[row.name]), key=lambda row: row.tuning_score)
-    settings = [_methods(setting, tested) for setting in tested.study.settings]
+    rules: dict[str, Rule] = {name: _always(name) for name in methods}
+    rules[CHOOSER] = lambda setting, rows, measure: max(
+        (row for row in rows if not methods[row.name]), key=lambda row: row.tuning_score
+    )
+    rules[FAIR] = lambda setting, rows, measure: _fair(tested.finals(setting), rows, measure, tested)
+    settings = [(setting, _methods(setting, tested)) for setting in tested.study.settings]
+    settings = [(setting, rows) for setting, rows in settings if rows]
     controls = {name for name, replica in methods.items() if replica}
-    found = [_judged(name, rule, [rows for rows in settings if rows], controls) for name, rule in rules.items()]
+    found = [_judged(name, rule, settings, controls) for name, rule in rules.items()]
     return sorted((each for each in found if each.settings), key=lambda each: (-sum(each.unbeaten), sum(each.regret)))
+
+
+def _always(name: str) -> Rule:
+    return lambda setting, rows, measure: next((row for row in rows if row.name == name), None)
+
+
+def _fair(finals: dict[str, tuple[dict[str, Any], ...]], rows: list[Row], measure: str, tested: Tested) -> Row | None:
+    """Of the finalists the one that is farthest above plain SFT in the measure, one standard error taken off; or SFT.
+
+    Both are read from tuning, on two seeds. The temperatures of tuning are 0 and 1, so the best one stands for both.
+    """
+    if "sft" not in finals:
+        return None
+    gains = {}
+    for name, results in finals.items():
+        pairs = zip(results, finals["sft"], strict=True)
+        found = with_error([_gains(mine, theirs, measure, tested.study.tuning["samples"]) for mine, theirs in pairs])
+        gains[name] = 0.0 if name == "sft" else found.value - found.error
+    chosen = max(gains, key=lambda name: (gains[name], name == "sft"))
+    return next(row for row in rows if row.name == chosen)
+
+
+def _gains(mine: dict[str, Any], theirs: dict[str, Any], measure: str, samples: int) -> list[float]:
+    """What is solved more often, prompt by prompt."""
+    at_one, greedy = (
+        [(a - b) / count for a, b in zip(mine["solved"][name], theirs["solved"][name], strict=True)]
+        for name, count in (("1", samples), ("0", 1))
+    )
+    both = [(a + b) / 2 for a, b in zip(at_one, greedy, strict=True)]
+    return {AT_ONE: at_one, GREEDY: greedy}.get(measure, both)
 
 
 def _methods(setting: Setting, tested: Tested) -> list[Row]:
     return [row for row in tested.rows(setting) if row.tuning_score is not None]
 
 
-def _judged(
-    name: str, rule: Callable[[list[Row]], Row | None], settings: list[list[Row]], controls: set[str]
-) -> Choice:
-    taken = [(rule(rows), [row for row in rows if row.name not in controls]) for rows in settings]
-    taken = [(row, rows) for row, rows in taken if row is not None]
-    unbeaten, regret = [], []
+def _judged(name: str, rule: Rule, settings: list[tuple[Setting, list[Row]]], controls: set[str]) -> Choice:
+    unbeaten, regret, count = [], [], 0
     for measure in MEASURES:
+        taken = [
+            (row, [other for other in rows if other.name not in controls])
+            for setting, rows in settings
+            if (row := rule(setting, rows, measure)) is not None
+        ]
+        count = len(taken)
         unbeaten.append(
             sum(
                 not any(difference(other, row, measure).sign > 0 for other in rows if other is not row)
@@ -66,4 +102,4 @@ def _judged(
         # A control may by chance be better than the best: then nothing is ahead of it.
         behind = [max(0.0, *(each.accuracy(measure) - row.accuracy(measure) for each in rows)) for row, rows in taken]
         regret.append(mean(behind) if behind else 0.0)
-    return Choice(name, len(taken), tuple(unbeaten), tuple(regret))
+    return Choice(name, count, tuple(unbeaten), tuple(regret))

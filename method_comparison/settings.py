@@ -82,13 +82,15 @@ class Study:
     finetuning: dict[str, Any]
     tuning: dict[str, Any]
     test: dict[str, Any]
+    chooser: dict[str, Any]
     methods: tuple[Method, ...]
     settings: tuple[Setting, ...]
 
     @property
     def fingerprint(self) -> str:
         """Changes with anything that decides a single run. Methods and settings may be added to a study."""
-        parts = {name: value for name, value in asdict(self).items() if name not in ("methods", "settings")}
+        which = ("chooser", "methods", "settings")
+        parts = {name: value for name, value in asdict(self).items() if name not in which}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
     def method(self, name: str) -> Method:

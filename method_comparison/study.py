@@ -64,6 +64,26 @@ class Cell:
         point = self.chosen(study, store)
         return [] if point is None else [self.run(study, point, TEST, seed) for seed in study.test["seeds"]]
 
+    def final(self, study: Study, store: Store) -> Run | None:
+        """The chosen point once more, on other demonstrations and prompts; None while the search goes on."""
+        point = self.chosen(study, store)
+        return None if point is None else self.run(study, point, TUNE, study.chooser["seed"])
+
+
+def finalists(setting_cells: list[Cell], study: Study, store: Store) -> list[Cell]:
+    """Of the methods of a setting those with the best tuning scores, and plain SFT; none while a search goes on."""
+    scored = []
+    for cell in setting_cells:
+        if cell.method.replica:  # a method for the second time
+            continue
+        found, following = cell.scores(study, store)
+        if following is not None:
+            return []
+        scored.append((max(found.values()), cell))
+    ranked = [cell for _, cell in sorted(scored, key=lambda pair: -pair[0])]
+    best, rest = ranked[: study.chooser["finalists"]], ranked[study.chooser["finalists"] :]
+    return best + [cell for cell in rest if cell.method.name == "sft"]
+
 
 def cells(study: Study) -> list[Cell]:
     """Every method in every setting that takes it."""
@@ -91,6 +111,10 @@ def pending(study: Study, store: Store) -> Iterator[Run]:
             yield cell.run(study, point, TUNE, study.tuning["seed"])
         else:
             yield from (run for run in cell.tests(study, store) if run.key not in store)
+    for setting in study.settings:
+        mine = [cell for cell in cells(study) if cell.setting == setting]
+        finals = (cell.final(study, store) for cell in finalists(mine, study, store))
+        yield from (run for run in finals if run.key not in store)
 
 
 def total_runs(study: Study) -> int:

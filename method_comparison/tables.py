@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable
 
 from .analysis import AT_BEST, BASE, MEASURES, TEACHER, Difference, Row, Tested, difference
-from .everywhere import CHOOSER, choices
+from .everywhere import RULES, choices
 from .settings import Setting
 
 
@@ -114,7 +114,7 @@ def everywhere_table(tested: Tested) -> str:
     """How well one choice does in all settings, the best first."""
     lines = []
     for choice in choices(tested):
-        name = choice.name if choice.name == CHOOSER else f"`{choice.name}`"
+        name = choice.name if choice.name in RULES else f"`{choice.name}`"
         unbeaten = [f"{count} of {choice.settings}" for count in choice.unbeaten]
         lines.append([name, *unbeaten, *(_percent(regret) for regret in choice.regret)])
     heads = ["always", *(f"unbeaten, {measure}" for measure in MEASURES), *(f"regret, {each}" for each in MEASURES)]

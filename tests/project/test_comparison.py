@@ -21,7 +21,7 @@ from method_comparison.analysis import AT_BEST, AT_ONE, GREEDY, Row, difference
 from method_comparison.runs import TEST, TUNE, Run, base_run, check, make_run, score
 from method_comparison.search import Point, Search
 from method_comparison.store import Store
-from method_comparison.study import cells, pending
+from method_comparison.study import Cell, cells, finalists, pending
 
 
 METHODS = (
@@ -219,7 +219,7 @@ def test_one_choice_everywhere_is_judged_by_all_but_controls():
     study = settings.load()
     right, wrong = {"0": [1] * 16, "1": [4] * 16}, {"0": [0] * 16, "1": [0] * 16}
     tested = object.__new__(analysis.Tested)
-    tested.study = study
+    tested.study, tested.store, tested._cells = study, {}, []
     tested._rows = {setting.name: {} for setting in study.settings}
 
     def row(name: str, solved: dict[str, list[int]], score: float) -> Row:
@@ -238,6 +238,51 @@ def test_one_choice_everywhere_is_judged_by_all_but_controls():
     ):
         assert found[name].settings == count
         assert found[name].unbeaten == (unbeaten,) * 3 and found[name].regret == (regret,) * 3, name
+
+
+def test_fair_chooser_takes_sft_unless_something_is_better_beyond_its_error():
+    study, samples = settings.load(), settings.load().tuning["samples"]
+    tested = SimpleNamespace(study=study)
+    rows = [Row(name, (), samples) for name in ("sft", "dft", "asft")]
+
+    def result(greedy: list[int], sampled: list[int]) -> dict:
+        return {"solved": {"0": greedy, "1": sampled}}
+
+    half, all_of = [0, 1] * 8, [1] * 16
+    sampled = [samples * each for each in half]
+    sft = (result(half, sampled), result(half, sampled))
+    # Better greedy on both seeds, and no better at temperature 1.
+    sharp = (result(all_of, sampled), result(all_of, sampled))
+    # As good on average, but on one of the two seeds alone.
+    lucky = (result(all_of, [samples] * 16), result(half, sampled))
+
+    def taken(finals: dict, measure: str) -> str:
+        return everywhere._fair(finals, rows, measure, tested).name
+
+    assert taken({"dft": sharp, "sft": sft}, GREEDY) == "dft"
+    assert taken({"dft": sharp, "sft": sft}, AT_ONE) == "sft"
+    assert taken({"asft": lucky, "sft": sft}, GREEDY) == taken({"asft": lucky, "sft": sft}, AT_BEST) == "sft"
+    assert taken({"asft": lucky, "dft": sharp, "sft": sft}, AT_BEST) == "dft"
+    assert everywhere._fair({}, rows, GREEDY, tested) is None
+
+
+def test_finalists_meet_a_seed_that_the_tuning_did_not(monkeypatch):
+    study = settings.load()
+    mine = [cell for cell in cells(study) if cell.setting.name == "clean"]
+    scores = {cell.method.name: number for number, cell in enumerate(mine)} | {"sft_again": 1e3}
+    going_on = set()
+
+    def known(cell, study, store):
+        name, point = cell.method.name, Point(0, cell.method.start)
+        return {point: scores[name]}, point if name in going_on else None
+
+    monkeypatch.setattr(Cell, "scores", known)
+    chosen = finalists(mine, study, {})
+    names = sorted(set(scores) - {"sft_again"}, key=scores.get)
+    assert [cell.method.name for cell in chosen] == [*names[: -study.chooser["finalists"] - 1 : -1], "sft"]
+    assert {cell.final(study, {}).seed for cell in chosen} == {study.chooser["seed"]} != {study.tuning["seed"]}
+    going_on.add("dft")
+    assert finalists(mine, study, {}) == []
 
 
 def test_committed_page_says_what_the_committed_results_say(tmp_path):
