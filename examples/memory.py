@@ -32,7 +32,7 @@ MASK = "attention mask (sdpa, packed rows)"
 LOSS_BUFFERS = dict.fromkeys(METHODS, 3) | {
     **dict.fromkeys(("iw_sft", "psft", "asft_k3", "prift", "prift_mass", "tofu"), 4),
     **dict.fromkeys(("label_smoothing", "sft_kl", "asft", "gem", "distill", "distill_hybrid", "gift", "otr"), 5),
-    "target_sft": 6,
+    **dict.fromkeys(("target_sft", "adaptive_sft"), 6),
     "lp_sft": 7.25,
     "mask_target": 8,
 }
@@ -41,7 +41,7 @@ DENSE_BUFFERS = dict.fromkeys(METHODS, 6) | {
     **dict.fromkeys(("gem", "tofu", "rank_tuner", "trim_sft"), 7),
     **dict.fromkeys(("label_smoothing", "otr"), 8),
     **dict.fromkeys(("iw_sft", "psft", "asft_k3", "prift", "prift_mass"), 9),
-    **dict.fromkeys(("sft_kl", "asft", "distill", "distill_hybrid", "target_sft", "gift"), 10),
+    **dict.fromkeys(("sft_kl", "asft", "distill", "distill_hybrid", "target_sft", "adaptive_sft", "gift"), 10),
     **dict.fromkeys(("mask_target", "lp_sft"), 13),
 }
 

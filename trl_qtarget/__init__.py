@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .target.dense import Target, build_target, induced_target, qtarget_loss
     from .target.methods import METHODS
     from .target.objective import Method
-    from .target.registry import AtLeastTwo, Count, NonNegative, Positive, Range, Unit
+    from .target.registry import AtLeastTwo, Count, Exponent, NonNegative, Positive, Range, Unit
     from .target.residual import register_residual
     from .target.tile import LabelStatistics, Measure, Tile, floor_of
     from .target.trust import register_trust
@@ -39,7 +39,7 @@ _HOMES = {
     "target.dense": ("Target", "build_target", "induced_target", "qtarget_loss"),
     "target.methods": ("METHODS",),
     "target.objective": ("Method",),
-    "target.registry": ("AtLeastTwo", "Count", "NonNegative", "Positive", "Range", "Unit"),
+    "target.registry": ("AtLeastTwo", "Count", "Exponent", "NonNegative", "Positive", "Range", "Unit"),
     "target.residual": ("register_residual",),
     "target.tile": ("LabelStatistics", "Measure", "Tile", "floor_of"),
     "target.trust": ("register_trust",),
@@ -51,6 +51,7 @@ __all__ = [
     "METHODS",
     "AtLeastTwo",
     "Count",
+    "Exponent",
     "InspectionCallback",
     "LabelStatistics",
     "LinearQTargetOutput",

@@ -292,7 +292,8 @@ def test_methods_explains_each(capsys, name):
     assert cli.main(["methods", name]) == 0
     text, row = capsys.readouterr().out, METHODS[name]
     assert row.loss in text and row.source in text and describe(name)["trust"]["formula"] in text
-    assert all(f"{knob} = {default:g}" in text for knob, default in row.knobs.items())
+    knobs = {knob: default if isinstance(default, str) else f"{default:g}" for knob, default in row.knobs.items()}
+    assert all(f"{knob} = {default}" in text for knob, default in knobs.items())
     assert f"--method {name}" in text
 
 

@@ -6,9 +6,10 @@ import shutil
 import pytest
 import tiny
 import torch
+from measured import CLOSED
 from training import make_trainer
 
-from trl_qtarget import METHODS, QTargetConfig, QTargetSFTTrainer, cli
+from trl_qtarget import QTargetConfig, QTargetSFTTrainer, cli
 from trl_qtarget.cli.options import read_method
 from trl_qtarget.cli.plot import main as plot
 from trl_qtarget.inspection.curves import VOCABULARY, method_curves
@@ -55,7 +56,7 @@ def test_curves_are_the_formulas(name):
 
 
 def test_every_method_of_the_table_can_be_drawn(tmp_path):
-    names = [name for name in METHODS if name != "cft"]
+    names = [name for name in CLOSED if name != "cft"]
     for ending in ("png", "svg", "pdf"):
         path = tmp_path / "new" / f"methods.{ending}"
         draw_methods([QTargetConfig(name) for name in names], path)

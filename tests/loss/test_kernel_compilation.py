@@ -15,8 +15,9 @@ import tempfile
 
 import pytest
 import torch
+from measured import CLOSED
 
-from trl_qtarget import METHODS, QTargetConfig
+from trl_qtarget import QTargetConfig
 from trl_qtarget.target.embeddings import Embeddings
 from trl_qtarget.target.residual import RESIDUALS
 from trl_qtarget.target.trust import TRUSTS
@@ -164,7 +165,7 @@ def test_any_number_of_tokens_takes_the_same_code(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_every_combination_compiles_without_spilling(capability, tmp_path):
-    cases = [{"method": name} for name in METHODS]
+    cases = [{"method": name} for name in CLOSED]
     cases += [{"method": None, "trust": trust, "residual": residual} for trust in TRUSTS for residual in RESIDUALS]
     kinds = ("sft", "psft", "target_sft", "gem", "label_smoothing", "distill")
     for name, vocabulary, out in itertools.product(kinds, VOCABULARIES, ("bfloat16", "float32")):

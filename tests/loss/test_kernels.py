@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from designs import free_formula
 from formulas import FORMULAS, OF_2026
+from measured import CLOSED
 from problems import HEADS, make_problem, relative_error
 from rounding import HALF, NAMES, arguments_of, assert_no_worse, fused, published, results, truth_of
 from test_exactness import FREE_CASES, METHOD_CASES, SHAPES, TOLERANCE, case_id, check_linear, free_knobs
@@ -91,7 +92,7 @@ def test_the_policy_as_its_prior(residual):
     check_same(make_problem(*SHAPES[1]), tempered)
 
 
-_ROWS_AND_HEADS = list(product(METHODS, HEADS))
+_ROWS_AND_HEADS = list(product(CLOSED, HEADS))
 
 
 @pytest.mark.parametrize(
@@ -109,8 +110,15 @@ def test_vocabularies_of_any_size(name, vocabulary):
     check_same(make_problem(7, vocabulary, 5, 3), QTargetConfig(name))
 
 
-@pytest.mark.parametrize("name", thinned(METHODS, lambda name: name not in OF_2026 or name == "rank_tuner"))
-@pytest.mark.parametrize("which", ["bias", "prior_bias"])
+_MASKED = list(product(CLOSED, ["bias", "prior_bias"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "which"),
+    thinned(
+        _MASKED, lambda *pair: pair in one_of_each(_MASKED) and (pair[0] not in OF_2026 or pair[0] == "rank_tuner")
+    ),
+)
 def test_masked_tokens(name, which):
     problem = make_problem(9, 2 * folded._BLOCK + 11, 4, 5)
     tokens = torch.arange(folded._BLOCK - 3, problem.weight.size(0))  # from the first block on, and all of the last
@@ -169,8 +177,14 @@ def test_logits_that_are_no_numbers_are_not_hidden(bad):
 # --- rounding ---
 
 
-@pytest.mark.parametrize("dtype", thinned([torch.float32, *HALF], lambda dtype: dtype != torch.float16), ids=str)
-@pytest.mark.parametrize("name", thinned(METHODS, lambda name: name not in OF_2026))
+_ROUNDED = list(product(CLOSED, [torch.float32, *HALF]))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    thinned(_ROUNDED, lambda *pair: pair[0] not in OF_2026 and pair in one_of_each(_ROUNDED)),
+    ids=str,
+)
 def test_method_is_no_worse_than_its_formula(name, dtype):
     problem = make_problem(61, 203, 31, 2)
     config = QTargetConfig(name, chunk_tokens=17, kernel="triton")
@@ -179,7 +193,10 @@ def test_method_is_no_worse_than_its_formula(name, dtype):
     assert_no_worse(fast, plain, truth_of(problem, config, values), dict.fromkeys(NAMES, dtype))
 
 
-@pytest.mark.parametrize(("trust", "residual"), thinned(FREE_CASES, lambda *pair: pair in one_of_each(FREE_CASES)))
+@pytest.mark.parametrize(
+    ("trust", "residual"),
+    thinned(FREE_CASES, lambda *pair: pair in one_of_each(FREE_CASES) and pair[0] in ("one", "entropy", "importance")),
+)
 def test_free_combination_is_no_worse_than_its_formula(trust, residual):
     problem = make_problem(61, 203, 31, 2)
     config = QTargetConfig(None, trust=trust, residual=residual, chunk_tokens=17, kernel="triton")
@@ -318,7 +335,7 @@ def test_only_some_residuals_are_not_folded():
 # --- passes and memory ---
 
 
-@pytest.mark.parametrize("name", thinned(METHODS, by_kernels))
+@pytest.mark.parametrize("name", thinned(CLOSED, by_kernels))
 def test_one_pass_to_fold_and_one_to_write(name, monkeypatch):
     launched = []
 
@@ -341,7 +358,9 @@ def test_one_pass_to_fold_and_one_to_write(name, monkeypatch):
     assert launched == before + [("fold", (6,)), ("gradient", (6,))] * 2
 
 
-@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.residual not in NOT_FOLDED])
+@pytest.mark.parametrize(
+    "name", thinned([name for name in CLOSED if METHODS[name].residual not in NOT_FOLDED], by_kernels)
+)
 def test_nothing_of_the_size_of_the_logits_is_made_beside_them(name):
     tokens, vocabulary = 24, 4096
     problem = make_problem(tokens, vocabulary, 4, 40, bias=False)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from measured import CLOSED
 from problems import make_problem
 from thinned import thinned
 
-from trl_qtarget import METHODS, QTargetConfig
+from trl_qtarget import QTargetConfig
 from trl_qtarget.gemm import Head
 from trl_qtarget.loss import choice
 from trl_qtarget.loss.chunks import STATISTICS
@@ -44,7 +45,7 @@ def evaluate(config: QTargetConfig, *outside: int):
 _SOME = ("sft", "gem", "iw_sft", "target_sft", "rank_tuner", "mask_target")
 
 
-@pytest.mark.parametrize("method", thinned(METHODS, lambda method: method in _SOME))
+@pytest.mark.parametrize("method", thinned(CLOSED, lambda method: method in _SOME))
 def test_the_triton_kernels_make_such_a_token_nan_and_leave_the_others(method):
     pytest.importorskip("triton")
     if not choice._interpreted():

@@ -16,6 +16,7 @@ import qlora
 import quantized
 import tiny
 import torch
+from measured import with_numbers
 from peft import PeftModel
 from safetensors.torch import load_file
 from training import check_equals_dense, trainable, worst
@@ -165,10 +166,11 @@ def peak_of_the_loss(method, N, V):
     H = 16
     hidden, weight, labels = torch.randn(N, H, requires_grad=True), torch.randn(V, H), torch.randint(0, V, (N,))
     prior = {"prior_hidden": torch.randn(N, H), "prior_weight": torch.randn(V, H)}
-    uses_prior = QTargetConfig(method).objective(has_prior=True).uses_prior
+    config = with_numbers(method)
+    uses_prior = config.objective(has_prior=True).uses_prior
     given = (prior if uses_prior else {}) | ({"token_weights": torch.rand(N)} if method == "cft" else {})
     with blocks_of_cuda(), TensorMemory() as tensors:
-        linear_qtarget_loss(hidden, weight, labels, method, **given)
+        linear_qtarget_loss(hidden, weight, labels, config, **given)
     return tensors.peak, 2 if uses_prior else 1
 
 

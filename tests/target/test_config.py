@@ -52,6 +52,7 @@ DEFAULTS = {
     "distill": ({"temperature": 1.0}, "model"),
     "distill_hybrid": ({"lam": 0.5, "temperature": 1.0}, "model"),
     "target_sft": ({"eta": 0.5}, "auto"),
+    "adaptive_sft": ({"alpha": "auto", "eta": 0.25}, "auto"),
 }
 
 # For every knob: a target that uses it, values at and inside the bounds, values outside of them.
@@ -77,7 +78,7 @@ RANGES = {
     "temperature of neighbors": ({"method": None, "trust": "one", "residual": "neighbors"}, *POSITIVE),
     "clip_max": ({"method": "iw_sft"}, *POSITIVE),
 }
-NEVER = [math.nan, math.inf, -math.inf, True, "0.5", [1.0]]
+NEVER = [math.nan, math.inf, -math.inf, True, "half", [1.0]]
 
 
 def refused(match: str, **options) -> None:

@@ -106,7 +106,10 @@ def test_value_of_no_field(name, kind, tmp_path):
 @pytest.mark.parametrize("value", ["0.5", "", "\ud800", "x" * 10_000], ids=["number", "empty", "surrogate", "long"])
 @pytest.mark.parametrize("name", NUMBERS)
 def test_string_for_a_number(name, value):
-    assert f"`{name}=" in refusal(QTargetConfig, **USES.get(name, {}), **{name: value})
+    if (name, value) == ("alpha", "0.5"):  # which may be a word, so a command line's parser leaves the numbers to us
+        assert QTargetConfig(**USES["alpha"], alpha=value).alpha == 0.5
+    else:
+        assert f"`{name}=" in refusal(QTargetConfig, **USES.get(name, {}), **{name: value})
 
 
 @pytest.mark.parametrize("name", NUMBERS)

@@ -177,6 +177,10 @@ def test_methods_are_points_of_the_design_space():
         "target_sft": {"trust": "probability", "residual": "guided"},
     }
     problem = make_problem(13, 37, 6, 5)
+    numbers = {"alpha": 0.3, "eta": 0.25}
+    measured = QTargetConfig(method=None, trust="power", residual="guided", **numbers)
+    adaptive = evaluate(problem, QTargetConfig("adaptive_sft", **numbers))
+    assert_same(evaluate(problem, measured), adaptive, tolerance=1e-14)
     for name, designs in pairs.items():
         free = QTargetConfig(method=None, **designs)
         assert_same(evaluate(problem, free), evaluate(problem, name), tolerance=1e-14)

@@ -7,10 +7,11 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from measured import CLOSED
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import first_batch, make_trainer
 
-from trl_qtarget import METHODS, QTargetConfig, QTargetSFTTrainer
+from trl_qtarget import QTargetConfig, QTargetSFTTrainer
 from trl_qtarget.loss.zeros import ZeroSearch
 
 
@@ -41,7 +42,7 @@ class Watch(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", CLOSED)
 def test_no_operation_after_the_forward_pass_waits_for_the_device(method, monkeypatch):
     config = QTargetConfig(method)
     # As on a GPU, which is waited for once a call where zeros are worth it; a CPU looks for them at no cost.

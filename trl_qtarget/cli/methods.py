@@ -69,7 +69,11 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def _knobs(row: Method) -> str:
-    return ", ".join(f"{knob}={default:g}" for knob, default in row.knobs.items())
+    return ", ".join(f"{knob}={_shown(default)}" for knob, default in row.knobs.items())
+
+
+def _shown(default: float | str) -> str:
+    return default if isinstance(default, str) else f"{default:g}"
 
 
 def _grouped(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
@@ -124,7 +128,7 @@ def markdown(names: Iterable[str] = METHODS) -> str:
         ]
         for name in members:
             row = METHODS[name]
-            knobs = ", ".join(f"{knob} ({default:g})" for knob, default in row.knobs.items())
+            knobs = ", ".join(f"{knob} ({_shown(default)})" for knob, default in row.knobs.items())
             source = f"[{row.arxiv}](https://arxiv.org/abs/{row.arxiv})" if row.arxiv else ""
             cells = (f"`{name}`", f"`{row.loss}`", f"`{row.trust}`", f"`{row.residual}`")
             cells = (*cells, knobs, row.prior or "–", source)
@@ -144,7 +148,7 @@ def explain(name: str) -> str:
     if row.scale is not unit_scale:
         lines.append(f"scale             {facts['scale']}")
     for knob, known in facts["knobs"].items():
-        lines.append(f"knob              {knob} = {known['default']:g}, {known['range']}")
+        lines.append(f"knob              {knob} = {_shown(known['default'])}, {known['range']}")
     if row.prior:
         every = f", copied every {row.prior_sync_steps} optimiser steps" if row.prior_sync_steps else ""
         lines.append(f"prior             {_PRIORS[row.prior]}{every}")

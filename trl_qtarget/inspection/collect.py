@@ -108,6 +108,7 @@ def inspect_rows(
     Raises:
         ValueError: no token is labelled, or the policy gives NaN.
     """
+    configs = [trainer.settled(config) for config in configs]
     choices = [trainer.prior_of(config) for config in configs]
     found, seen = [], set()
     bar = tqdm(rows, desc="Inspecting", unit="example", disable=not progress)

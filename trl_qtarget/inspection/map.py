@@ -121,6 +121,8 @@ def draw_map(data: dict[str, Any], configs: Sequence[QTargetConfig], path: Path)
     Raises:
         ValueError: matplotlib is not installed, or the file has another ending.
     """
+    # What was measured on the sample is drawn at what came of it.
+    configs = [config.settled_as(method["knobs"]) for config, method in zip(configs, data["methods"], strict=True)]
     pyplot, found = pyplot_to_files(), places(data, configs)
     groups = sorted({place.group for place in found}, key=_order)
     figure = pyplot.figure(figsize=(3.2 * len(groups), 10))

@@ -123,7 +123,7 @@ def choose_prior(
     Raises:
         ValueError: the target lacks the prior that it needs, or cannot have the one that it names.
     """
-    objective = config.objective(has_prior=True)
+    objective = config.objective(has_prior=True, may_be_open=True)
     source, warnings = config.prior_source, []
 
     if reference is not None and (not objective.uses_prior or source == "lagged"):
@@ -172,7 +172,7 @@ def choose_prior(
         f"{config.label}: no reference model and no PEFT base, so the prior is the policy's own distribution. Pass "
         "`ref_model`, or `prior='base'` for the starting weights; `prior='policy'` silences this."
     )
-    return PriorChoice(PriorKind.POLICY, config.objective(has_prior=False), warnings=(warning,))
+    return PriorChoice(PriorKind.POLICY, config.objective(has_prior=False, may_be_open=True), warnings=(warning,))
 
 
 def check_models(model: Any, reference: Any) -> None:

@@ -3,15 +3,17 @@
 import json
 import math
 import os
-import reprlib
-from dataclasses import KW_ONLY, asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..files import replacing
+from .measured import AUTO, Knowledge
 from .methods import METHODS, find_method
 from .objective import Designs, Method, Objective, designs_of, knobs_of, make_objective
 from .registry import KNOBS, Range
+from .shown import shown
 
 
 CONFIG_NAME = "qtarget_config.json"
@@ -29,25 +31,16 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in pairs:
         if name in values:
-            raise ValueError(f"it has {_shown(name)} twice")
+            raise ValueError(f"it has {shown(name)} twice")
         values[name] = value
     return values
 
 
-class _Shown(reprlib.Repr):
-    """`repr` for messages: short whatever is shown, and never an error of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.maxstring = self.maxother = 60
-        self.maxlevel = 2
-
-    def repr_int(self, value: int, level: int) -> str:
-        # Python refuses to write integers of thousands of digits.
-        return f"an integer of {value.bit_length()} bits" if value.bit_length() > 200 else repr(value)
-
-
-_shown = _Shown().repr
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _knob(text: str) -> Any:
@@ -64,7 +57,8 @@ class QTargetConfig:
             formula of a token's statistics, `"min(1, p / 0.1)"`.
         scale (`str`): a formula for what multiplies the gradient of a free combination; None is 1.
         eta, alpha, tau, lam, beta, epsilon, top_k, temperature, clip_max: the knobs. One left `None` takes the default
-            of the method or design; one that the chosen target does not use is an error.
+            of the method or design; one that the chosen target does not use is an error. `alpha="auto"` (trust
+            `power`) is measured once by the trainer, on the training data, before the first step.
         prior (`str`, defaults to `"auto"`): where the prior comes from. `"auto"`: what the method names (for
             `target_sft` and free combinations: a given reference model, else the base weights under PEFT, else the
             policy itself). `"policy"`: the policy's own detached distribution. `"base"`: the weights under PEFT's
@@ -106,7 +100,9 @@ class QTargetConfig:
         default=None, metadata={"help": "Formula that multiplies the gradient of a free combination. None: 1."}
     )
     eta: float | None = _knob("Share of the prior in the guided residual, in [0, 1].")
-    alpha: float | None = _knob("Exponent of the trust, >= 0.")
+    alpha: float | str | None = _knob(
+        "Exponent of the trust, >= 0; 'auto' measures it before the first step, where the trust is 'power'."
+    )
     tau: float | None = _knob("Probability threshold of the trust, in [0, 1].")
     lam: float | None = _knob("Weight of the residual (label smoothing, hybrid distillation) or of the KL anchor.")
     beta: float | None = _knob("Temperature of the sharpened policy in GEM, > 0.")
@@ -145,6 +141,8 @@ class QTargetConfig:
     def __post_init__(self):
         if isinstance(self.method, str) and self.method.lower() == "none":  # as a command line spells it
             self.method = None
+        if isinstance(self.alpha, str):  # so does its parser with what may be a word
+            self.alpha = _number(self.alpha)
         self._check_names()
         self._check_knobs()
         self._check_prior()
@@ -158,7 +156,7 @@ class QTargetConfig:
         for name in _NAMES:
             value = getattr(self, name)
             if not isinstance(value, str | None):
-                raise ValueError(f"`{name}={_shown(value)}` is no name: it must be a string, or None.")
+                raise ValueError(f"`{name}={shown(value)}` is no name: it must be a string, or None.")
         if self.method is None:
             if self.trust is None or self.residual is None:
                 raise ValueError(
@@ -188,7 +186,13 @@ class QTargetConfig:
                 raise ValueError(
                     f"`{name}` is not used by {self.label}, whose knobs are: {', '.join(used) or 'none'}. Remove it."
                 )
-            self._check_range(name, used[name].range)
+            left_open = isinstance(value, str) and value == AUTO
+            if left_open and used[name].measured is None:
+                raise ValueError(
+                    f"`{name}='auto'` is not known to {self.label}, whose `{name}` is not measured: give a number."
+                )
+            if not left_open:
+                self._check_range(name, used[name].range)
 
     def _check_prior(self) -> None:
         self._check_choice("prior", PRIORS)
@@ -214,7 +218,7 @@ class QTargetConfig:
             return
         if not isinstance(column, str) or not column:
             raise ValueError(
-                f"`token_weight_column={_shown(column)}` is no name of a column: it must be a non-empty string."
+                f"`token_weight_column={shown(column)}` is no name of a column: it must be a non-empty string."
             )
         if not self.uses_token_weights:
             raise ValueError(
@@ -225,7 +229,7 @@ class QTargetConfig:
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
         if not isinstance(value, str) or value not in choices:
-            raise ValueError(f"`{name}={_shown(value)}` is unknown: choose one of {', '.join(choices)}.")
+            raise ValueError(f"`{name}={shown(value)}` is unknown: choose one of {', '.join(choices)}.")
 
     def _check_range(self, name: str, allowed: Range) -> None:
         value = getattr(self, name)
@@ -235,7 +239,7 @@ class QTargetConfig:
         too_large = isinstance(value, int | float) and abs(value) > largest
         if too_large or value not in allowed:
             limit = f", of at most {largest} in size" if too_large and math.isinf(allowed.high) else ""
-            raise ValueError(f"`{name}={_shown(value)}` is out of range: it must be {allowed}{limit}.")
+            raise ValueError(f"`{name}={shown(value)}` is out of range: it must be {allowed}{limit}.")
 
     # --- what the fields mean ---
 
@@ -258,11 +262,25 @@ class QTargetConfig:
         return designs_of(self.row, self.trust, self.residual, self.scale)
 
     @property
-    def knobs(self) -> dict[str, float]:
-        """Every knob of this target, with defaults filled in."""
+    def knobs(self) -> dict[str, float | str]:
+        """Every knob of this target, with defaults filled in; `"auto"` where one is yet to be measured."""
         used = knobs_of(self.row, self.designs)
         given = {name: getattr(self, name) for name in used}
         return {name: used[name].default if value is None else value for name, value in given.items()}
+
+    @property
+    def open_knobs(self) -> tuple[str, ...]:
+        """The knobs that are yet to be measured."""
+        return tuple(name for name, value in self.knobs.items() if value == AUTO)
+
+    def settled(self, knowledge: Knowledge) -> "QTargetConfig":
+        """The same target with its open knobs at what was measured."""
+        used = knobs_of(self.row, self.designs)
+        return self.settled_as({name: used[name].measured(knowledge) for name in self.open_knobs})
+
+    def settled_as(self, knobs: Mapping[str, Any]) -> "QTargetConfig":
+        """The same target with its open knobs at the values that they have among `knobs`, if they are there."""
+        return replace(self, **{name: knobs[name] for name in self.open_knobs if name in knobs})
 
     @property
     def prior_source(self) -> str:
@@ -296,17 +314,24 @@ class QTargetConfig:
             "prior_sync_decay": (self.prior_sync_decay or 0.0) if lagged else None,
         }
 
-    def objective(self, has_prior: bool) -> Objective:
+    def objective(self, has_prior: bool, may_be_open: bool = False) -> Objective:
         """The objective with every knob set.
 
         Args:
             has_prior: whether a prior other than the policy itself is at hand.
+            may_be_open: whether knobs may be open that are measured later; in the objective they are NaN until then.
 
         Raises:
-            ValueError: the target needs a prior and there is none.
+            ValueError: the target needs a prior and there is none, or a knob is open.
         """
+        for name in self.open_knobs:
+            if not may_be_open:
+                raise ValueError(
+                    f"`{name}='auto'` of {self.label} is measured by a trainer on its training data: give a number."
+                )
         own = self.prior_source == "policy" or (self.prior_source == "auto" and not has_prior)
-        objective = make_objective(self.row, self.designs, self.knobs, own)
+        knobs = self.knobs | dict.fromkeys(self.open_knobs, math.nan)
+        objective = make_objective(self.row, self.designs, knobs, own)
         if objective.uses_prior and not has_prior:
             raise ValueError(
                 f"{self.label} needs a prior and none is given: pass `prior_logits` or `prior_hidden` (to the "
@@ -335,7 +360,7 @@ class QTargetConfig:
     @classmethod
     def _from_fields(cls, values: dict[str, Any], origin: str) -> "QTargetConfig":
         known = {item.name for item in fields(cls)}
-        unknown = sorted(_shown(name) for name in values if name not in known)
+        unknown = sorted(shown(name) for name in values if name not in known)
         if unknown:
             raise ValueError(f"{origin} has unknown fields [{', '.join(unknown)}]: known are {sorted(known)}.")
         return cls(**values)

@@ -11,6 +11,7 @@ its height says nothing about another method's height.
 
 from types import MappingProxyType
 
+from .measured import AUTO
 from .objective import Method
 from .values import (
     adaptive_power_loss,
@@ -292,6 +293,15 @@ METHODS = MappingProxyType(
             loss="CE(Q, p), Q = p_y δ + (1 - p_y) π̃, π̃ ∝ p^(1-eta) π_prior^eta",
             source="Target-SFT (the paper's eta is not public; 0.5 is our choice)",
             arxiv="2606.11189",
+        ),
+        "adaptive_sft": Method(
+            group="anchored",
+            trust="power",
+            residual="guided",
+            knobs={"alpha": AUTO, "eta": 0.25},
+            prior="auto",
+            loss="CE(Q, p), Q = p_y^a δ + (1 - p_y^a) π̃, π̃ ∝ p^(1-eta) π_prior^eta, a = exp(-3 q)",
+            source="Ours: a is measured once, q the NLL per label that a quarter of the sequences stay below",
         ),
     }
 )

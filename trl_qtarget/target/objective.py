@@ -1,7 +1,7 @@
 """A method or free combination with every knob set: what the dense and the fused loss both evaluate."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ class Method:
     residual: str = "policy"
     scale: Callable[..., Tensor] = unit_scale
     value: Callable[..., Tensor] = cross_entropy
-    knobs: dict[str, float] = field(default_factory=dict)
+    knobs: dict[str, float | str] = field(default_factory=dict)
     prior: str | None = None
     prior_sync_steps: int | None = None
     loss: str
@@ -147,10 +147,11 @@ def knobs_of(method: Method | None, designs: Designs) -> dict[str, Knob]:
             first = declared.setdefault(name, knob)
             allowed = first.range & knob.range
             defaults = [default for default in (first.default, knob.default) if default in allowed]
-            declared[name] = Knob(defaults[0] if defaults else first.default, allowed)
+            measured = first.measured or knob.measured
+            declared[name] = Knob(defaults[0] if defaults else first.default, allowed, measured)
     if method is None:
         return declared
-    return {name: Knob(default, declared[name].range) for name, default in method.knobs.items()}
+    return {name: replace(declared[name], default=default) for name, default in method.knobs.items()}
 
 
 def make_objective(

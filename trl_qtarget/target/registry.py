@@ -13,6 +13,8 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Annotated, Any, get_type_hints
 
+from .measured import Knowledge, Measured, exponent
+
 
 # The numeric knobs that `QTargetConfig` has fields for. A design names its knobs from this list.
 KNOBS = ("eta", "alpha", "tau", "lam", "beta", "epsilon", "top_k", "temperature", "clip_max")
@@ -63,6 +65,7 @@ PositiveUnit = Annotated[float, Range(0, 1, open_low=True)]
 MoreThanHalf = Annotated[float, Range(0.5, 1, open_low=True, open_high=True)]
 Share = Annotated[float, Range(-1, 1)]
 NonNegative = Annotated[float, Range(0)]
+Exponent = Annotated[float, Range(0), Measured(exponent)]
 Positive = Annotated[float, Range(0, open_low=True)]
 Count = Annotated[int, Range(1, whole=True)]
 AtLeastTwo = Annotated[int, Range(2, whole=True)]
@@ -70,10 +73,11 @@ AtLeastTwo = Annotated[int, Range(2, whole=True)]
 
 @dataclass(frozen=True)
 class Knob:
-    """One tunable number of a design: its default and the values it may take."""
+    """One tunable number of a design: its default, the values it may take, and what `"auto"` makes of the data."""
 
-    default: float
+    default: float | str
     range: Range
+    measured: Callable[[Knowledge], float] | None = None
 
 
 # What a design may name as its `statistics`: properties of a tile.
@@ -96,12 +100,15 @@ def read_knobs(function: Callable) -> dict[str, Knob]:
             )
         if parameter.default is inspect.Parameter.empty:
             raise ValueError(f"`{name}` of `{called}` has no default: give it one, e.g. `*, {name}=1.0`.")
-        knobs[name] = Knob(parameter.default, _read_range(plain, parameter))
+        extras = _read_extras(plain, parameter)
+        allowed = next((extra for extra in extras if isinstance(extra, Range)), Range())
+        measured = next((extra.value for extra in extras if isinstance(extra, Measured)), None)
+        knobs[name] = Knob(parameter.default, allowed, measured)
     return knobs
 
 
-def _read_range(function: Callable, parameter: inspect.Parameter) -> Range:
-    """The `Range` in the annotation of a knob, which may be a string; no limits without one."""
+def _read_extras(function: Callable, parameter: inspect.Parameter) -> tuple[Any, ...]:
+    """What the annotation of a knob holds beside its type; it may be a string."""
     # Only the knob's annotation is resolved: `from __future__ import annotations` makes strings of all of them, and
     # those of other parameters may name what is imported for type checkers alone.
     routine = inspect.unwrap(function if inspect.isroutine(function) else type(function).__call__)
@@ -114,8 +121,7 @@ def _read_range(function: Callable, parameter: inspect.Parameter) -> Range:
             f"{parameter.annotation!r}, which cannot be resolved ({error}): import its names at the top of the "
             "module, not under `TYPE_CHECKING` or inside a function."
         ) from None
-    extras = getattr(hints[parameter.name], "__metadata__", ())
-    return next((extra for extra in extras if isinstance(extra, Range)), Range())
+    return getattr(hints[parameter.name], "__metadata__", ())
 
 
 @dataclass(frozen=True)

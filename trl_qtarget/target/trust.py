@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .registry import AtLeastTwo, MoreThanHalf, NonNegative, Positive, PositiveUnit, Share, Shelf, Unit
+from .registry import AtLeastTwo, Exponent, MoreThanHalf, NonNegative, Positive, PositiveUnit, Share, Shelf, Unit
 from .tile import LabelStatistics, Tile, power_of
 
 
@@ -92,8 +92,8 @@ def probability_anchor(tile: Tile, *, lam: NonNegative = 0.05) -> Tensor:
 
 
 @register_trust("power")
-def power(tile: Tile, *, alpha: NonNegative = 1.0) -> Tensor:
-    """γ = p_y^alpha."""
+def power(tile: Tile, *, alpha: Exponent = 1.0) -> Tensor:
+    """γ = p_y^alpha; `alpha="auto"` follows what the policy knows of the data before it is trained."""
     return power_of(tile.label_log_probs, alpha).exp()
 
 

@@ -50,6 +50,13 @@ def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return next((str(path) for path in newest_first if is_whole(path)), None)
 
 
+def settled_as_in(checkpoint: str | os.PathLike, config: QTargetConfig) -> QTargetConfig:
+    """A target whose open knobs (`"auto"`) have the values that a checkpoint was trained with, if it has them."""
+    if not (Path(checkpoint) / CONFIG_NAME).is_file():
+        return config
+    return config.settled_as(QTargetConfig.from_pretrained(checkpoint).knobs)
+
+
 def check_checkpoint(checkpoint: str | os.PathLike | None, config: QTargetConfig, allow_new_target: bool) -> None:
     """Raise unless a run toward `config` may go on from a checkpoint; None is what `last_whole_checkpoint` found."""
     if checkpoint is None:

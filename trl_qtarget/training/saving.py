@@ -18,7 +18,7 @@ from ..priors.own import STATE_NAME
 from ..priors.record import PriorRecord, fingerprints
 from ..target.config import QTargetConfig
 from .card import add_target
-from .checkpoints import check_checkpoint, clear_state, last_whole_checkpoint
+from .checkpoints import check_checkpoint, clear_state, last_whole_checkpoint, settled_as_in
 
 
 logger = get_logger(__name__)
@@ -56,11 +56,17 @@ class CheckpointMixin:
         if resume_from_checkpoint:
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            self._settle_as_in(resume_from_checkpoint)
             check_checkpoint(resume_from_checkpoint, self.qtarget_config, allow_new_target)
             self._may_change_prior = allow_new_target
         elif self.prior_choice.warning_if_trained and are_trained(self.model):
             logger.warning(self.prior_choice.warning_if_trained)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _settle_as_in(self, checkpoint: str | None) -> None:
+        """What the data has decided stays decided: the policy knows other things by now."""
+        if checkpoint is not None and self.qtarget_config.open_knobs:
+            self._take(settled_as_in(checkpoint, self.qtarget_config))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # `Trainer` looks whether it is done after each step, so a finished run would take one more when it is resumed.

@@ -40,6 +40,7 @@ from .data import (
     prepare_with_columns,
     sequences_of,
 )
+from .knowledge import SettlingMixin
 from .metrics import RunningMeans, judge_by_nll, local_sums
 from .resolve import resolve_config
 from .saving import CheckpointMixin
@@ -54,7 +55,7 @@ _PRIORS_WITH_VIRTUAL_TOKENS = (PriorKind.NONE, PriorKind.POLICY, PriorKind.START
 _POLICY_ALONE = ("labels", "shift_labels", "output_router_logits")
 
 
-class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
+class QTargetSFTTrainer(CheckpointMixin, SettlingMixin, SFTTrainer):
     """A drop-in `SFTTrainer` that trains toward an explicit target distribution (arXiv 2606.11189).
 
     Beside TRL's metrics it logs, as means over the labelled tokens: `target/nll`, the labels' plain negative
@@ -200,6 +201,7 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         with _explaining_truncated_images(self.args.max_length):
+            self._settle(model)
             request = self.target_request(inputs)
             outputs = model(**inputs, qtarget=Sealed(request), num_items_in_batch=num_items_in_batch)
         loss = self._scaled(outputs, num_items_in_batch)
