@@ -62,8 +62,11 @@ _STRANGER = replace(_variant("stranger", Cell("dft"), **_ONE_BY_ONE), stranger=T
 _ADALORA = replace(_variant("adalora", Cell("asft", "base"), **_ONE_BY_ONE), adalora=True, fills=False)
 # Layers of another name than the policy's, which FSDP2 wraps by name.
 _OTHER_CLASS = replace(_variant("other-class", Cell("target_sft", "model")), other_class=True)
+# Its exponent is measured before the first step, by all ranks.
+_MEASURED = replace(_variant("measured", Cell("adaptive_sft", "policy"), **_ONE_BY_ONE), fills=False)
 VARIANTS = [
     _OTHER_CLASS,
+    _MEASURED,
     _BESIDE,
     _LOADED,
     *(_checkpointing(cell, reentrant) for cell in _SECOND_PASSES for reentrant in (True, False)),
@@ -77,15 +80,17 @@ VARIANTS = [
 
 # What `make test` runs of it.
 QUICK = {
-    "ddp": [Cell("asft", "base", True), Cell("psft", "lagged"), _STRANGER, _ADALORA],
+    "ddp": [Cell("asft", "base", True), Cell("psft", "lagged"), _STRANGER, _ADALORA, _MEASURED],
     "zero3-partitioned": [
         _checkpointing(Cell("asft", "base", True), reentrant=True),
         Cell("target_sft", "model"),
+        _MEASURED,
         _LOADED,
         Cell("asft", "start", True),
     ],
     "fsdp2": [
         _OTHER_CLASS,
+        _MEASURED,
         _SAVED,
         _BESIDE,
         Cell("asft", "start", True),
@@ -146,6 +151,9 @@ def check(result: Result, truth: Result, cell: Cell, backend: str = "") -> float
         differences += [difference(expected[name], line[name]) for name in names]
     if "prior_saved" in truth.facts:
         differences.append(difference(truth.facts["prior_saved"], result.facts["prior_saved"]))
+    if "alpha" in truth.facts:
+        assert 0 < truth.facts["alpha"] < 1
+        differences.append(difference(truth.facts["alpha"], result.facts["alpha"]))
     assert max(differences) < TOLERANCE
     if "prior_held" in truth.facts:
         share = result.facts["prior_held"] / truth.facts["prior_held"]

@@ -226,6 +226,8 @@ def run(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOrd
         # One number that no two sets of weights have in common.
         numbers = torch.cat([value.double().flatten() for _, value in sorted(load_file(saved[-1]).items())])
         watch.facts["prior_saved"] = (numbers * torch.arange(len(numbers)).cos()).sum().item()
+    if cell.method == "adaptive_sft":
+        watch.facts["alpha"] = trainer.qtarget_config.alpha
     return result_of(trainer, watch.facts)
 
 
