@@ -224,7 +224,7 @@ class ReadableIds:
 
     def __init__(self, model: PreTrainedModel, policy: PreTrainedModel, processing_class: Any):
         self.tokenizer = tokenizer_of(processing_class)
-        self.rows, of_policy = (whole_shape(each.get_input_embeddings().weight)[0] for each in (model, policy))
+        self.rows, of_policy = map(_embeddings, (model, policy))
         self.stand_in: int | None = None
         if of_policy > self.rows:
             known = (id for id in _ends_of_text(model, self.tokenizer) if id < self.rows)
@@ -254,6 +254,14 @@ class ReadableIds:
             f"`ref_model` has no row for {_count(missing, 'token')} of the policy ({names}): it gives them no "
             f"probability{reads}."
         )
+
+
+def _embeddings(model: PreTrainedModel) -> int:
+    """How many ids a model reads; of a class that does not tell, as many as it has logits of."""
+    try:
+        return whole_shape(model.get_input_embeddings().weight)[0]
+    except (NotImplementedError, AttributeError):
+        return vocabulary_of(model)
 
 
 def _ends_of_text(model: PreTrainedModel, tokenizer: Any) -> Iterator[int]:
