@@ -25,7 +25,7 @@ CHUNK_BYTES = 1 << 29
 BLOCK_ELEMENTS = 1 << 24  # of these, what it works on at a time on a GPU
 NF4_BLOCK, SCALE_BLOCK = 64, 256  # weights per scale, and scales per scale of scales
 STATE_BLOCK, SMALLEST_STATE = 256, 4096  # 8-bit AdamW: elements per scale; smaller parameters keep float32 states
-MASK = "attention mask (sdpa, packed rows)"
+MASK, TEACHER = "attention mask (sdpa, packed rows)", "the teacher, NF4"
 
 # Float32 buffers that the fused loss holds at its peak: of a chunk the logits of the policy and of the prior, and of a
 # block those for what is made of them.
@@ -125,9 +125,14 @@ def layer_bytes(shapes: Shapes, tokens: int, rank: int) -> int:
     return tokens * (norms + attention + mlp + adapters + flowing) + weight + mask
 
 
-def loss_bytes(shapes: Shapes, tokens: int, method: str, has_prior: bool, chunk_tokens: int | None) -> dict[str, int]:
-    """The loss at its peak: logits of a chunk, what is made of a block, and what has the size of the hidden states."""
-    chunks = 2 if has_prior else 1
+def loss_bytes(
+    shapes: Shapes, tokens: int, method: str, prior: Shapes | None, chunk_tokens: int | None
+) -> dict[str, int]:
+    """The loss at its peak: logits of a chunk, what is made of a block, and what has the size of the hidden states.
+
+    The prior's logits have the policy's rows, whatever number of them its own head has.
+    """
+    chunks = 1 if prior is None else 2
     most = min(chunk_tokens or CHUNK_BYTES // (chunks * FLOAT * shapes.vocabulary), tokens)
     chunk = -(-tokens // -(-tokens // most))
     block = min(BLOCK_ELEMENTS // shapes.vocabulary, chunk)
@@ -139,7 +144,7 @@ def loss_bytes(shapes: Shapes, tokens: int, method: str, has_prior: bool, chunk_
         * shapes.vocabulary
         * FLOAT,
         "hidden states, their gradient, last norm": hidden * (2 * HALF + FLOAT + FLOAT),
-        "the prior's hidden states": 2 * HALF * hidden if has_prior else 0,
+        "the prior's hidden states": 0 if prior is None else 2 * HALF * tokens * prior.hidden,
     }
 
 
@@ -166,13 +171,14 @@ class Account:
         for name, size in self.loss.items():
             yield f"loss: {name}" + (" (not at the peak)" if loss <= layer else ""), size
         yield "TOTAL of PyTorch's tensors", self.total
-        yield "besides, if there is one: a teacher of these sizes, NF4", self.teacher
+        if TEACHER not in self.steady:
+            yield "besides, if there is one: a teacher of these sizes, NF4", self.teacher
         yield "instead of the loss's chunk: dense logits", self.dense
 
 
-def prior_of(method: str) -> PriorChoice:
-    """The prior that a method has in `examples/qlora.py`, with a teacher where it asks for one."""
-    teacher = "teacher" if METHODS[method].prior == "model" else None
+def prior_of(method: str, has_teacher: bool = False) -> PriorChoice:
+    """The prior that a method has in `examples/qlora.py`, with a teacher where there is one or it asks for one."""
+    teacher = "teacher" if has_teacher or METHODS[method].prior == "model" else None
     return choose_prior(QTargetConfig(method), PolicyFacts(adapters={"default": LoraConfig()}), teacher)
 
 
@@ -182,17 +188,26 @@ def account(
     rank: int = 16,
     method: str = "target_sft",
     chunk_tokens: int | None = None,
+    teacher: PretrainedConfig | None = None,
 ) -> Account:
-    """The account of `examples/qlora.py`; `tokens` is the batch size times the length of a row."""
+    """The account of `examples/qlora.py`; `tokens` is the batch size times the length of a row.
+
+    A `teacher` is one of other sizes; without it, what a method needs one for is accounted with the policy's own.
+    """
     shapes = Shapes.of(config)
-    has_prior = prior_of(method).objective.uses_prior
-    weights = weight_bytes(shapes)
+    choice = prior_of(method, teacher is not None)
+    others = shapes if teacher is None else Shapes.of(teacher)
+    prior = None
+    if choice.objective.uses_prior:
+        prior = others if choice.reference is not None else shapes
+    weights, of_teacher = weight_bytes(shapes), sum(weight_bytes(others).values())
+    beside = {TEACHER: of_teacher} if teacher is not None and choice.reference is not None else {}
     return Account(
-        steady=weights | adapter_bytes(shapes, rank) | {MASK: tokens**2},
+        steady=weights | adapter_bytes(shapes, rank) | {MASK: tokens**2} | beside,
         checkpoints=HALF * shapes.layers * tokens * shapes.hidden,
         layer=layer_bytes(shapes, tokens, rank),
-        loss=loss_bytes(shapes, tokens, method, has_prior, chunk_tokens),
-        teacher=sum(weights.values()),
+        loss=loss_bytes(shapes, tokens, method, prior, chunk_tokens),
+        teacher=of_teacher,
         dense=DENSE_BUFFERS[method] * tokens * shapes.vocabulary * FLOAT,
     )
 
@@ -202,15 +217,18 @@ def main() -> None:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--model", required=True, help="Hub id, folder, or path of a config.json.")
+    parser.add_argument("--ref_model", help="The same of a teacher with other sizes, in NF4.")
     parser.add_argument("--tokens", type=int, default=8192, help="Tokens in memory: batch size times length.")
     parser.add_argument("--lora_rank", type=int, default=16, help="Rank of the adapters.")
     parser.add_argument("--method", choices=list(METHODS), default="target_sft", help="Published objective.")
     parser.add_argument("--chunk_tokens", type=int, help="Tokens that the loss scores at a time. None: 64 Mi logits.")
     arguments = parser.parse_args()
-    source = Path(arguments.model)
-    config = AutoConfig.from_pretrained(source if source.exists() else arguments.model)
-    lines = account(config, arguments.tokens, arguments.lora_rank, arguments.method, arguments.chunk_tokens).lines()
-    for name, size in lines:
+    config, teacher = (
+        name and AutoConfig.from_pretrained(Path(name) if Path(name).exists() else name)
+        for name in (arguments.model, arguments.ref_model)
+    )
+    choices = (arguments.tokens, arguments.lora_rank, arguments.method, arguments.chunk_tokens, teacher)
+    for name, size in account(config, *choices).lines():
         print(f"{name:<62}{size / 1e9:>9.3f} GB")
 
 

@@ -38,7 +38,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dataset", required=True, help="A .json, .jsonl or .parquet file, or a hub id, in any format of TRL.")
     add("--method", choices=list(METHODS), default="target_sft", help="Published objective.")
     add("--config", help="A qtarget_config.json (or its folder) with a target of your own, instead of --method.")
-    add("--ref_model", help="Teacher of the same vocabulary: hub id or path. Loaded in NF4, as the policy is.")
+    add("--ref_model", help="Teacher of the same tokenizer: hub id or path. Loaded in NF4, as the policy is.")
     add("--max_length", type=int, default=4096, help="Tokens of a packed row.")
     add("--batch_size", type=int, default=2, help="Rows in memory at a time.")
     add("--accumulation", type=int, default=8, help="Batches per optimiser step.")

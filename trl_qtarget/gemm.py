@@ -36,6 +36,11 @@ class Head:
         bias = None if self.bias is None else self.bias.detach()
         return Head(self.weight.detach(), bias, self.logit_scale, self.logit_softcap)
 
+    def first(self, rows: int) -> "Head":
+        """The head of the first `rows` tokens: views, no copies."""
+        bias = None if self.bias is None else self.bias[:rows]
+        return Head(self.weight[:rows], bias, self.logit_scale, self.logit_softcap)
+
     def transform(self, logits: Tensor) -> None:
         """Turn `hidden @ weight.T` into logits, in place."""
         if self.bias is not None:
@@ -93,12 +98,14 @@ def mixed_gemm_supported(product: str, operands: torch.dtype, out: Tensor) -> Su
     # Results are float64 where a bf16 prior meets a float64 policy; no such product exists.
     if (operands, out.dtype) != (torch.bfloat16, torch.float32):
         return Support(f"{operands} operands are not multiplied into {out.dtype} results")
-    return _tried(product, out.device)
+    return _tried(product, out.device, out.is_contiguous())
 
 
 @cache
-def _tried(product: str, device: torch.device) -> Support:
+def _tried(product: str, device: torch.device, contiguous: bool = True) -> Support:
     """Whether `product` of bfloat16 operands is right in float32, from a few numbers, once per device.
+
+    With results side by side, or as the first columns of a wider matrix.
 
     PyTorch has `addmm` onto float32 from 2.10 on, other builds have neither, and to ask by version or by name of the
     device would be to guess.
@@ -107,7 +114,7 @@ def _tried(product: str, device: torch.device) -> Support:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             left = torch.full((16, 32), 16.0, dtype=torch.bfloat16, device=device)
             left[0] = 17.0  # as a transposed operand: 15 · 16 + 17 = 257, one bit more than bfloat16 has
-            out = torch.full((32, 8), 0.5, device=device)
+            out = torch.full((32, 8 if contiguous else 16), 0.5, device=device)[:, :8]
             _MIXED[product](out, left.t(), torch.ones(16, 8, dtype=torch.bfloat16, device=device))
             right = bool((out == (257.5 if product == "addmm" else 257.0)).all())
             refusal = None if right else "its results are wrong"

@@ -51,6 +51,25 @@ def _dense(data, model, ref_model, config, token_weights=None):
         yield example, target, logits[before].softmax(-1), prior[before].softmax(-1), labels
 
 
+@pytest.mark.parametrize("rows", [300, 400], ids=["fewer", "more"])
+def test_prior_of_other_rows_is_shown_conditioned(rows):
+    model, ref_model = warm_model(), tiny.model(seed=5, vocab_size=rows).eval()
+    data = _inspect(["target_sft"], model=model, ref_model=ref_model)
+    missing = torch.nn.functional.pad(torch.zeros(rows), (0, max(0, 320 - rows)), value=-math.inf)[:320]
+
+    def reads(tokens):
+        output = ref_model(torch.where(tokens < rows, tokens, 1))
+        output.logits = torch.nn.functional.pad(output.logits[..., :320], (0, max(0, 320 - rows))) + missing
+        return output
+
+    labels_seen = torch.cat([labels for *_, labels in _dense(data, model, reads, "target_sft")])
+    assert (labels_seen >= 300).any()
+    for example, target, _, prior, _ in _dense(data, model, reads, "target_sft"):
+        found, ids = example["methods"][0], torch.tensor(example["alternatives"])
+        torch.testing.assert_close(torch.tensor(example["prior"]), prior.gather(1, ids), **TOLERANCE)
+        torch.testing.assert_close(torch.tensor(found["q"]), target.probs.gather(1, ids), **TOLERANCE)
+
+
 @pytest.mark.parametrize("reference", [False, True], ids=["alone", "reference"])
 @pytest.mark.parametrize("method", [name for name in CLOSED if name != "cft"])
 def test_numbers_are_those_of_build_target(method, reference):

@@ -57,6 +57,21 @@ def test_kernels_agree_before_they_are_used(name, head):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_prior_that_lacks_tokens_is_tried_as_one(monkeypatch):
+    monkeypatch.setattr(choice, "_agreed", {})
+    batch = batch_of(QTargetConfig("target_sft"))
+    tried, keys = [], []
+    monkeypatch.setattr(choice, "disagreement", lambda *arguments: tried.append(choice._small(arguments[0])))
+    for rows in (37, 45, 29):
+        batch["prior_head"] = Head(torch.zeros(rows, 4))
+        assert choice._agrees(batch)
+        keys.append(len(choice._agreed))
+    assert keys == [1, 1, 2]  # a larger one is narrowed before a kernel sees it
+    heads = [(small["head"].weight.size(0), small["prior_head"].weight.size(0)) for small in tried]
+    assert heads[0][1] == heads[0][0] and heads[1][1] < heads[1][0]
+    assert (tried[1]["labels"] >= heads[1][1]).any()  # also labels that it lacks
+
+
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(choice, "_at_home", lambda device: True)

@@ -198,6 +198,20 @@ def test_account_knows_the_sizes_of_the_loss():
     assert (chunk, block) == (2 * 512 * 128256 * 4, 4 * 130 * 128256 * 4)
 
 
+def test_account_of_a_teacher_of_other_sizes():
+    policy, teacher = (
+        LlamaConfig(hidden_size=width, intermediate_size=128, num_hidden_layers=1, vocab_size=rows)
+        for width, rows in ((64, 151936), (128, 152064))
+    )
+    alone, beside = (memory.account(policy, method="distill", teacher=each) for each in (None, teacher))
+    weights = sum(memory.weight_bytes(memory.Shapes.of(teacher)).values())
+    assert beside.steady == alone.steady | {memory.TEACHER: weights}
+    states = "the prior's hidden states"
+    assert beside.loss == alone.loss | {states: 2 * alone.loss[states]}  # of logits, as many as the policy has rows
+    assert "besides" not in "".join(name for name, _ in beside.lines())
+    assert memory.account(policy, method="sft", teacher=teacher).steady == memory.account(policy, method="sft").steady
+
+
 def test_account_of_8_billion_parameters():
     sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256}
     config = LlamaConfig(num_attention_heads=32, num_key_value_heads=8, **sizes)

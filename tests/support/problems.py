@@ -46,6 +46,12 @@ class Problem:
         scale, cap = self.head.get("prior_logit_scale", 1.0), self.head.get("prior_logit_softcap")
         return self._transformed(self.prior_hidden @ self.prior_weight.t(), self.prior_bias, scale, cap)
 
+    def shared_prior_logits(self) -> Tensor:
+        """The prior's logits of the policy's tokens: without those that only the prior has, `-inf` if missing."""
+        logits, vocabulary = self.prior_logits(), self.weight.size(0)
+        missing = logits.new_full((len(logits), max(0, vocabulary - logits.size(1))), -torch.inf)
+        return torch.cat([logits[:, :vocabulary], missing], dim=1)
+
     def leaves(self) -> list[Tensor]:
         """Fresh copies of hidden, weight and bias (if any) that ask for a gradient."""
         return [t.detach().clone().requires_grad_() for t in (self.hidden, self.weight, self.bias) if t is not None]
@@ -53,7 +59,7 @@ class Problem:
     def per_token(self, formula: Callable[..., Tensor], logits: Tensor, prior: bool = True, **knobs) -> Tensor:
         """A formula on these logits, `[N]`, zero where the label is ignored."""
         rows = self.scored
-        prior_logits = self.prior_logits()[rows] if prior else None
+        prior_logits = self.shared_prior_logits()[rows] if prior else None
         if "embeddings" in inspect.signature(formula).parameters:
             knobs["embeddings"] = self.weight
         losses = formula(

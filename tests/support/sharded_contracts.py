@@ -1,4 +1,4 @@
-"""What the package relies on inside DeepSpeed, FSDP2 and Accelerate's FSDP: run by every rank of a job of two.
+"""What the package relies on inside DeepSpeed, FSDP2 and Accelerate, and what ranks agree on: run by a job of two.
 
 `torchrun --nproc_per_node 2 sharded_contracts.py outcomes.json` calls every function of `CONTRACTS` and writes what
 each of them raised. `test_contract_sharded.py` reads it.
@@ -163,6 +163,36 @@ def accelerate_shards_a_reference_layer_by_layer():
     assert all(isinstance(value, DTensor) for value in model.parameters())
 
 
+def ranks_refuse_a_tokenizer_together():
+    """What one of them finds and the other does not is refused by both: none is left waiting for the other."""
+    from accelerate import PartialState
+
+    from trl_qtarget.priors import tokens
+
+    assert PartialState(cpu=True).num_processes == 2  # as a trainer's arguments make it
+
+    def find(*_):
+        if dist.get_rank() == 1:
+            raise OSError("no such file")
+        other = tiny.tokenizer()
+        vocabulary = other.get_vocab()
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+        other.get_vocab = lambda: vocabulary
+        return other
+
+    own, tokens.find_tokenizer = tokens.find_tokenizer, find
+    try:
+        tokens.check_tokens("teacher", tiny.tokenizer(), "teacher")
+        refusal = ""
+    except ValueError as error:
+        refusal = str(error)
+    finally:
+        tokens.find_tokenizer = own
+    refusals = [None, None]
+    dist.all_gather_object(refusals, refusal)
+    assert refusals[0] == refusals[1] and "has another tokenizer than the policy" in refusals[0], refusals
+
+
 CONTRACTS = [
     zero3_parameters_tell_their_shares,
     zero3_gathers_what_the_shares_hold,
@@ -174,6 +204,7 @@ CONTRACTS = [
     fsdp2_reshard_takes_back_what_a_pass_has_left_whole,
     fsdp2_pass_without_its_head_can_be_repeated,
     accelerate_shards_a_reference_layer_by_layer,
+    ranks_refuse_a_tokenizer_together,
 ]
 
 

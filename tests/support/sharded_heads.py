@@ -245,6 +245,7 @@ CASES: dict[str, Callable[[], None]] = {
     "fsdp2-modules_to_save_wrapper": partial(fsdp2, _modules_to_save, _its_wrapper),
     "fsdp2-modules_to_save_in_the_root": partial(fsdp2, _modules_to_save, _in_the_root),
     "fsdp2-teacher_alone": partial(fsdp2, _untied(heads.modernbert), _alone, teacher=_untied(heads.modernbert)),
+    "fsdp2-teacher_of_more_rows": partial(fsdp2, tiny.model, _alone, teacher=partial(tiny.model, 5, vocab_size=448)),
     "fsdp2-bf16_alone": partial(fsdp2, tiny.model, _alone, mp_policy=_BF16),
     "fsdp2-bf16_in_the_root": partial(fsdp2, tiny.model, _in_the_root, mp_policy=_BF16),
     "zero3-llama": partial(zero3, tiny.model),
@@ -255,6 +256,8 @@ CASES: dict[str, Callable[[], None]] = {
     "zero3-inkling": partial(zero3, heads.inkling),
     "zero3-modules_to_save": partial(zero3, _modules_to_save),
     "zero3-teacher": partial(zero3, heads.modernbert, teacher=heads.modernbert),
+    "zero3-teacher_of_more_rows": partial(zero3, tiny.model, teacher=partial(tiny.model, 5, vocab_size=448)),
+    "zero3-teacher_of_fewer_rows": partial(zero3, tiny.model, teacher=partial(tiny.model, 5, vocab_size=301)),
 }
 
 

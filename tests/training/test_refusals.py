@@ -22,10 +22,6 @@ def refused(message: str, *, method="asft", model=None, **arguments):
         )
 
 
-def other_vocabulary():
-    return tiny.model(vocab_size=330)
-
-
 # --- the target ---
 
 
@@ -92,17 +88,6 @@ def test_reference_model_is_the_policy_by_path_is_allowed(tmp_path):
     )
     assert trainer._prior.causal_model is not trainer.model
     make_trainer(QTargetSFTTrainer, tiny.text_dataset(4), path, qtarget_config="asft", ref_model=path)  # one string
-
-
-def test_reference_model_of_another_vocabulary():
-    vocabulary = len(tiny.tokenizer())
-    message = f"`ref_model` has a vocabulary of 330, the policy one of {vocabulary}: a prior must share the policy's"
-    refused(message, ref_model=other_vocabulary())
-
-
-def test_reference_model_of_another_vocabulary_by_path(tmp_path):
-    other_vocabulary().save_pretrained(tmp_path)
-    refused("`ref_model` has a vocabulary of 330", ref_model=str(tmp_path), method="distill")
 
 
 def test_reference_model_of_another_kind():

@@ -49,7 +49,7 @@ class ReferenceArguments:
 
     ref_model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Reference model or teacher: path or hub id. It must have the policy's vocabulary."},
+        metadata={"help": "Reference model or teacher: path or hub id. It must have the policy's tokenizer."},
     )
     ref_model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the reference model."})
     ref_dtype: str | None = field(

@@ -84,9 +84,10 @@ def _interpreted() -> bool:
 def _agrees(batch: dict[str, Any]) -> bool:
     """Whether Triton's kernels give what the plain one gives for this objective and device; tried once, remembered."""
     objective, hidden, head = batch["objective"], batch["hidden"], batch["head"]
-    knobs = tuple(sorted(objective.knobs.items()))
+    knobs, prior = tuple(sorted(objective.knobs.items())), batch["prior_head"]
     key = (hidden.device, operand_dtype(hidden, head.weight), _is_aligned(head))
     key = (*key, *(design.name for design in objective.designs), knobs, objective.uses_prior, head.logit_softcap)
+    key = (*key, prior is not None and _is_smaller(prior, head))
     if key not in _agreed:
         try:
             difference = disagreement(batch, _folding(objective))
@@ -132,6 +133,11 @@ def _is_aligned(head: Head) -> bool:
     return head.weight.size(0) % 16 == 0
 
 
+def _is_smaller(prior: Head, head: Head) -> bool:
+    """Whether the policy has tokens that the prior has not."""
+    return prior.weight.size(0) < head.weight.size(0)
+
+
 def _small(batch: dict[str, Any]) -> dict[str, Any]:
     """A batch of a few random tokens, in all else like the given one. The global random numbers are left alone."""
     hidden, head, prior_head = batch["hidden"], batch["head"], batch["prior_head"]
@@ -143,8 +149,9 @@ def _small(batch: dict[str, Any]) -> dict[str, Any]:
         return values.to(like.dtype)
 
     def small_head(given: Head) -> Head:
-        weight = normal(vocabulary, _WIDTH, like=given.weight, scale=2 * _WIDTH**-0.5 / given.logit_scale)
-        bias = None if given.bias is None else normal(vocabulary, like=given.bias)
+        rows = vocabulary * 3 // 4 if _is_smaller(given, head) else vocabulary
+        weight = normal(rows, _WIDTH, like=given.weight, scale=2 * _WIDTH**-0.5 / given.logit_scale)
+        bias = None if given.bias is None else normal(rows, like=given.bias)
         return replace(given, weight=weight, bias=bias)
 
     def if_given(name: str, made: Tensor) -> Tensor | None:

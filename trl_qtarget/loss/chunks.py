@@ -102,13 +102,15 @@ class Batch:
         self.dtype = gemm.result_dtype(self.operands)
         # Rounded once for the products of all chunks. The sums of its gradient are in `dtype` all the same.
         self.weight = gemm.narrowed(self.head.weight, self.operands)
+        tokens, vocabulary = max(1, len(self.labels)), self.head.weight.size(0)
         if self.prior_head is not None:
+            # Conditioned on the tokens that both have: rows that only it has are not even multiplied.
+            self.prior_head = self.prior_head.first(vocabulary)
             weight = self.prior_head.weight
             self.prior_operands = gemm.operand_dtype(self.prior_hidden, weight)
             is_same = weight.is_set_to(self.head.weight) and self.prior_operands == self.operands
             self.prior_weight = self.weight if is_same else gemm.narrowed(weight, self.prior_operands)
         self.embeddings = Embeddings(self.head.weight, self.labels)
-        tokens, vocabulary = max(1, len(self.labels)), self.head.weight.size(0)
         elements = chunk_elements(self.hidden.device, self.dtype, 1 + (self.prior_head is not None))
         most = min(self.chunk_tokens or max(1, elements // vocabulary), tokens)
         chunks = -(-tokens // most)
@@ -196,11 +198,14 @@ class Batch:
             gemm.project(logits, self.hidden[chunk], self.weight, self.operands)
             if self.prior_head is not None:
                 prior_logits = self.prior_logits[: chunk.stop - start]
-                gemm.project(prior_logits, self.prior_hidden[chunk], self.prior_weight, self.prior_operands)
+                shared = prior_logits[:, : self.prior_weight.size(0)]
+                gemm.project(shared, self.prior_hidden[chunk], self.prior_weight, self.prior_operands)
+                # What only the policy has; each time, as kernels work in this memory.
+                prior_logits[:, shared.size(1) :] = -math.inf
             for block in self._blocks(slice(0, chunk.stop - start)):
                 self.head.transform(logits[block])
                 if self.prior_head is not None:
-                    self.prior_head.transform(prior_logits[block])
+                    self.prior_head.transform(shared[block])
             yield chunk, logits, prior_logits
 
     def _blocks(self, chunk: slice) -> Iterator[slice]:

@@ -20,7 +20,6 @@ from ..target.checks import (
     check_per_token,
     check_progress,
     check_token_weights,
-    check_vocabulary,
 )
 from ..target.config import QTargetConfig
 from ..target.objective import Objective
@@ -136,9 +135,10 @@ def linear_qtarget_loss(
         labels: `[N]`, the observed tokens; those equal to `ignore_index` are not even projected.
         config: a `QTargetConfig`, a method's name, or a dict of fields.
         bias: `[V]`, bias of the head.
-        prior_hidden, prior_weight, prior_bias: `[N, H']`, `[V, H']`, `[V]`, the same of the prior, whose width H' may
-            differ. Without them `target_sft` and free combinations use the policy itself; every other method with a
-            prior raises.
+        prior_hidden, prior_weight, prior_bias: `[N, H']`, `[V', H']`, `[V']`, the same of the prior, whose width H'
+            may differ. Without them `target_sft` and free combinations use the policy itself; every other method with
+            a prior raises. A prior of more or fewer tokens is conditioned on the first `min(V, V')`, which both have,
+            as in [`build_target`][trl_qtarget.build_target]; no head is copied for it.
         token_weights: `[N]`, weights of the trust `token_weights`.
         sequence_ids: `[N]`, which document a token belongs to, for per-sequence trusts; None means one sequence.
         num_items_in_batch: what the summed loss is divided by; None means the number of labelled tokens here.
@@ -169,7 +169,8 @@ def linear_qtarget_loss(
     prior_head = None
     if prior_hidden is not None:
         check_head("prior_", prior_hidden, prior_weight, prior_bias, prior_logit_softcap)
-        check_vocabulary("prior_weight", prior_weight.size(0), weight.size(0))
+        if prior_weight.size(0) == 0:
+            raise ValueError("`prior_weight` has no rows, so the prior has no token: pass the prior's LM head.")
         if prior_hidden.size(0) != hidden.size(0):
             raise ValueError(f"`prior_hidden` must have one row per row of `hidden`, got {list(prior_hidden.shape)}.")
         prior_head = Head(prior_weight, prior_bias, prior_logit_scale, prior_logit_softcap)

@@ -1,19 +1,21 @@
 """The prior that was chosen, made: loaded, frozen and placed beside the policy."""
 
 from collections.abc import Callable
+from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 from trl import SFTConfig
 
-from .base import Prior
+from .base import Prior, base_model_of
 from .choice import PriorChoice, PriorKind
 from .fit import check_kind, check_separate
 from .own import OwnPrior
 from .reference import ModelPrior, freeze, load_reference
 from .shards import in_zero3
 from .starting_copy import StartingCopyPrior, starting_copy
+from .tokens import ReadableIds, check_tokens
 
 
 def build_prior(
@@ -22,6 +24,7 @@ def build_prior(
     wrapped: Callable[[], nn.Module],
     args: SFTConfig,
     accelerator: Accelerator,
+    processing_class: Any,
 ) -> Prior | None:
     """The prior of a choice; None where nothing but the policy runs.
 
@@ -31,6 +34,7 @@ def build_prior(
         wrapped: called for the policy in its wrapper, which the trainer makes later.
         args: how a model is loaded from a path.
         accelerator: where models are placed.
+        processing_class: the policy's tokenizer or processor, which a reference model's is compared with.
 
     Raises:
         ValueError: the reference model does not fit the policy.
@@ -46,14 +50,18 @@ def build_prior(
             return OwnPrior(policy, wrapped, adapters=False)
         case PriorKind.REFERENCE:
             model = choice.reference
+            check_tokens(model, processing_class, choice.reference_name, args.model_init_kwargs)
             if isinstance(model, str):
                 model = load_reference(model, policy, args, accelerator)
             check_kind("ref_model", model)
             check_separate(model, policy)
-            return ModelPrior(*freeze(model, policy, accelerator))
+            ids = ReadableIds(base_model_of(model), base_model_of(policy), processing_class)
+            placed, causal_model = freeze(model, accelerator)
+            ids.announce(causal_model)
+            return ModelPrior(placed, causal_model, ids=ids)
         case PriorKind.STARTING_COPY:
             if in_zero3(policy):  # sharded while it was loaded
                 model = load_reference(choice.starting_path, policy, args, accelerator, same_model=True)
             else:
                 model = starting_copy(policy, accelerator)
-            return StartingCopyPrior(*freeze(model, policy, accelerator), policy)
+            return StartingCopyPrior(*freeze(model, accelerator), policy)

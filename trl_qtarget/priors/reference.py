@@ -20,24 +20,38 @@ from trl.trainer.utils import create_model_from_path
 
 from ..loss.head import add_target_head, check_head, head_of
 from ..loss.request import PriorStates
-from ..target.checks import check_vocabulary
 from .base import Prior, base_model_of
 from .documents import accepted, has_documents, mixes_documents, states_of_documents
 from .fit import Positions
 from .loading import reference_options
-from .shards import in_fsdp2, in_zero3, reshard, whole_shape
+from .shards import in_fsdp2, in_zero3, reshard
+from .tokens import ReadableIds
 
 
 class ModelPrior(Prior):
-    """Another model. `model` is `causal_model` in its wrapper."""
+    """Another model.
 
-    def __init__(self, model: nn.Module, causal_model: PreTrainedModel, name: str = "ref_model"):
-        self.model, self.causal_model = model, causal_model
+    Args:
+        model: the model in its wrapper.
+        causal_model: the model itself.
+        name: of the argument that gave it.
+        ids: how it reads the policy's ids, where it has fewer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        causal_model: PreTrainedModel,
+        name: str = "ref_model",
+        ids: ReadableIds | None = None,
+    ):
+        self.model, self.causal_model, self._ids = model, causal_model, ids
         self._positions = Positions(causal_model, name)
         self._mixes_documents: bool | None = None  # until it is measured
 
     def states(self, inputs: Mapping[str, Any]) -> PriorStates:
         self._positions.check(inputs)
+        inputs = inputs if self._ids is None else self._ids.of(inputs)
         if has_documents(inputs) and self._told_apart_by_rows():
             at_once = in_zero3(self.causal_model) or in_fsdp2(self.causal_model)
             hidden = states_of_documents(self._run, inputs, at_once)
@@ -94,9 +108,7 @@ def load_model(path: str, options: Mapping[str, Any]) -> nn.Module:
     return PeftModel.from_pretrained(create_model_from_path(base, **without_revision), path)
 
 
-def freeze(
-    ref_model: PreTrainedModel, policy: nn.Module, accelerator: Accelerator
-) -> tuple[nn.Module, PreTrainedModel]:
+def freeze(ref_model: PreTrainedModel, accelerator: Accelerator) -> tuple[nn.Module, PreTrainedModel]:
     """Freeze a reference model, teach it to hand out hidden states, and shard it where the policy is sharded.
 
     Returns:
@@ -104,10 +116,6 @@ def freeze(
     """
     causal_model = base_model_of(ref_model)
     add_target_head(causal_model)
-    vocabularies = [
-        whole_shape(each.get_output_embeddings().weight)[0] for each in (causal_model, base_model_of(policy))
-    ]
-    check_vocabulary("ref_model", *vocabularies)
     ref_model.requires_grad_(False)
     ref_model.eval()
     placed = _place(ref_model, accelerator)

@@ -70,12 +70,12 @@ def check_token_weights(weights: Tensor | None, rows: int, objective: Objective)
         raise ValueError("`token_weights` has a weight that is negative, NaN or infinite: weights must be >= 0.")
 
 
-def check_vocabulary(name: str, size: int, vocabulary: int) -> None:
-    """Raise unless the prior speaks of the same tokens as the policy."""
-    if size != vocabulary:
+def check_prior_logits(prior_logits: Tensor, logits: Tensor) -> None:
+    """Raise unless `prior_logits[N, V']` have a row per row of `logits[N, V]`; V' is any number from 1 on."""
+    if prior_logits.dim() != 2 or prior_logits.size(0) != logits.size(0) or prior_logits.size(1) == 0:
         raise ValueError(
-            f"`{name}` has a vocabulary of {size}, the policy one of {vocabulary}: a prior must share the policy's "
-            "tokenizer and vocabulary size. Resize the embeddings of one, or choose another reference model."
+            f"`prior_logits` must be [{logits.size(0)}, V'], one row per row of `logits`, got "
+            f"{list(prior_logits.shape)}: V' may differ from V, where the tokens that both have are the same."
         )
 
 

@@ -14,14 +14,14 @@ from .checks import (
     check_embeddings,
     check_labels,
     check_per_token,
+    check_prior_logits,
     check_progress,
     check_token_weights,
-    check_vocabulary,
 )
 from .config import QTargetConfig
 from .embeddings import Embeddings
 from .objective import Objective
-from .tile import LabelStatistics, Tile, finite, log_softmax_
+from .tile import LabelStatistics, Tile, finite, log_softmax_, over_tokens
 from .token_target import TokenTarget
 
 
@@ -94,9 +94,8 @@ def token_target(
     check_token_weights(token_weights, len(labels), objective)
     check_per_token("sequence_ids", sequence_ids, len(labels))
     if prior_logits is not None:
-        check_vocabulary("prior_logits", prior_logits.size(-1), logits.size(-1))
-        if prior_logits.shape != logits.shape:
-            raise ValueError(f"`prior_logits` must have the shape of `logits`, got {list(prior_logits.shape)}.")
+        check_prior_logits(prior_logits, logits)
+        prior_logits = over_tokens(prior_logits, logits.size(1))
     check_embeddings(embeddings, logits.size(-1), objective)
 
     def rows(values: Tensor | None) -> Tensor | None:
@@ -138,8 +137,10 @@ def build_target(
         logits: `[N, V]`, the policy's logits; position `i` predicts `labels[i]` (already shifted).
         labels: `[N]`, the observed tokens. At `ignore_index`, Q is the policy itself and the scale 0: no gradient.
         config: a `QTargetConfig`, a method's name, or a dict of fields.
-        prior_logits: `[N, V]`, logits of the prior. Without them `target_sft` and free combinations use the policy
-            itself; every other method with a prior raises.
+        prior_logits: `[N, V']`, logits of the prior. Without them `target_sft` and free combinations use the policy
+            itself; every other method with a prior raises. A prior of more or fewer tokens is conditioned on the
+            first `min(V, V')`, which both have: what only it has is left out and the rest renormalised, what only the
+            policy has gets no prior mass.
         token_weights: `[N]`, weights of the trust `token_weights`.
         sequence_ids: `[N]`, which document a token belongs to, for per-sequence trusts; None means one sequence.
         embeddings: `[V, H]`, the output embeddings, for the residual `neighbors`.

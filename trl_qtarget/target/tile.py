@@ -48,6 +48,16 @@ def finite(log_probs: Tensor, in_place: bool = False) -> Tensor:
     return torch.clamp(log_probs, min=floor_of(log_probs.dtype), out=log_probs if in_place else None)
 
 
+def over_tokens(prior_logits: Tensor, vocabulary: int) -> Tensor:
+    """A prior's `prior_logits[n, V']` over a policy's V tokens, `[n, V]`: the first V, and `-inf` for missing ones.
+
+    So the prior is conditioned on the tokens that both have: their softmax leaves out what the policy has no row for,
+    renormalised, and gives nothing to what the prior has no row for.
+    """
+    shared, missing = prior_logits[:, :vocabulary], max(0, vocabulary - prior_logits.size(1))
+    return F.pad(shared, (0, missing), value=-math.inf) if missing else shared
+
+
 def power_of(log_probs: Tensor, share: float) -> Tensor:
     """`share · log_probs` for a share >= 0: logarithms of a power, in which zero stays zero at every share > 0."""
     powers = log_probs * share

@@ -67,8 +67,9 @@ class QTargetSFTTrainer(CheckpointMixin, SettlingMixin, SFTTrainer):
         model, args, ...: every argument of [`SFTTrainer`](https://huggingface.co/docs/trl/sft_trainer), in its order.
         qtarget_config (`QTargetConfig`, `str` or `dict`): the target; a method's name for its defaults. `None` is
             `"target_sft"`, or `"dft"` if `args.loss_type="dft"`.
-        ref_model (`str` or `PreTrainedModel`): reference model or teacher, of the policy's vocabulary: the prior of
-            every method that uses a frozen one. A path is loaded in the policy's dtype and with those of
+        ref_model (`str` or `PreTrainedModel`): reference model or teacher, of the policy's tokenizer: the prior of
+            every method that uses a frozen one. It may have more or fewer rows than the policy: it is then conditioned
+            on the tokens that both have. A path is loaded in the policy's dtype and with those of
             `args.model_init_kwargs` that say nothing of which model it is; code of its repository is not run.
 
     Raises:
@@ -125,7 +126,12 @@ class QTargetSFTTrainer(CheckpointMixin, SettlingMixin, SFTTrainer):
         if self.accelerator.distributed_type not in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             check_head(base_model_of(self.model))
         self._prior = build_prior(
-            self.prior_choice, self.model, lambda: self.model_wrapped, self.args, self.accelerator
+            self.prior_choice,
+            self.model,
+            lambda: self.model_wrapped,
+            self.args,
+            self.accelerator,
+            self.processing_class,
         )
         if self._prior is not None:
             self.add_callback(PriorCallback(self._prior))

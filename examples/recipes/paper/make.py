@@ -11,7 +11,7 @@ MEDICAL = (
     *("meta-llama/Llama-3.2-3B", "meta-llama/Llama-3.1-8B"),
     *("Qwen/Qwen2.5-1.5B", "Qwen/Qwen2.5-7B"),
 )
-# Teachers of the same vocabulary. Which ones the paper used is not known.
+# Teachers of the same tokenizer. Which ones the paper used is not known.
 TEACHERS = {
     "Qwen/Qwen3-1.7B": "Qwen/Qwen3-8B",
     "Qwen/Qwen2.5-Math-1.5B": "Qwen/Qwen2.5-Math-1.5B-Instruct",
