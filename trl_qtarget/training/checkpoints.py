@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..priors.own import STATE_NAME
 from ..priors.record import RECORD_NAME
+from ..priors.resolved import ResolvedTarget
 from ..target.config import CONFIG_NAME, QTargetConfig
 
 
@@ -50,8 +51,8 @@ def last_whole_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return next((str(path) for path in newest_first if is_whole(path)), None)
 
 
-def check_checkpoint(checkpoint: str | os.PathLike | None, config: QTargetConfig, allow_new_target: bool) -> None:
-    """Raise unless a run toward `config` may go on from a checkpoint; None is what `last_whole_checkpoint` found."""
+def check_checkpoint(checkpoint: str | os.PathLike | None, target: ResolvedTarget, allow_new_target: bool) -> None:
+    """Raise unless a run toward `target` may go on from a checkpoint; None is what `last_whole_checkpoint` found."""
     if checkpoint is None:
         raise ValueError(
             "`resume_from_checkpoint=True` finds no whole checkpoint in `output_dir`: start from the beginning, or "
@@ -75,12 +76,15 @@ def check_checkpoint(checkpoint: str | os.PathLike | None, config: QTargetConfig
     if allow_new_target or not (folder / CONFIG_NAME).is_file():
         return
     former = QTargetConfig.from_pretrained(checkpoint)
-    if former.target != config.target:
-        changed = sorted(
-            name for name in former.target | config.target if former.target.get(name) != config.target.get(name)
-        )
+    then, now = former.target, target.config.target
+    if (folder / RECORD_NAME).is_file():
+        # It says which prior was used, and is compared when the weights are there. `base` and `start` may be one.
+        then, now = then | {"prior": None}, now | {"prior": None}
+    # What was asked for is found in checkpoints that were not written by a trainer of this version.
+    if then != now and former.target != target.requested.target:
+        changed = sorted(name for name in then | now if then.get(name) != now.get(name))
         raise ValueError(
-            f"`qtarget_config` ({config.label}) is not the target that {checkpoint} was trained toward "
-            f"({former.label}): they differ in {', '.join(changed)}. Resume with the same target, or call "
-            "`train(resume_from_checkpoint=..., allow_new_target=True)`."
+            f"`qtarget_config` ({target.config.label}) is not the target that {checkpoint} was trained toward "
+            f"({former.label}): they differ in {', '.join(changed)}. Resume with the same target, or say that it may "
+            "change: `train(resume_from_checkpoint=..., allow_new_target=True)`, `--allow_new_target`."
         )

@@ -26,6 +26,7 @@ from ..priors.base import PriorCallback, base_model_of, virtual_tokens
 from ..priors.build import build_prior
 from ..priors.choice import PolicyFacts, PriorChoice, PriorKind, check_models, choose_prior
 from ..priors.fit import check_kind
+from ..priors.resolved import ResolvedTarget
 from ..target.config import QTargetConfig
 from ..target.objective import Objective
 from .data import (
@@ -97,6 +98,7 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         check_models(model, ref_model)
         self._policy_facts, self._ref_model = PolicyFacts.of(model, given.get("peft_config")), ref_model
         self.prior_choice = self.prior_of(self.qtarget_config)
+        self.resolved_target = ResolvedTarget.of(self.qtarget_config, self.prior_choice)
         self._token_columns = _token_columns(self.qtarget_config, self.prior_choice.objective, given)
         self._prepared: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # dataset -> whether it is packed
 
@@ -128,7 +130,7 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         )
         if self._prior is not None:
             self.add_callback(PriorCallback(self._prior))
-        self._announce_prior()
+        self._announce_target()
         self._running = {mode: RunningMeans(self.aux_loss_enabled) for mode in ("train", "eval")}
         self._new_tokens: Tensor | int = 0
         self._evaluated_as = "eval"
@@ -141,12 +143,10 @@ class QTargetSFTTrainer(CheckpointMixin, SFTTrainer):
         """
         return choose_prior(config, self._policy_facts, self._ref_model)
 
-    def _announce_prior(self) -> None:
-        choice, label = self.prior_choice, self.qtarget_config.label
-        for warning in choice.warnings:
+    def _announce_target(self) -> None:
+        for warning in self.prior_choice.warnings:
             logger.warning(warning)
-        if choice.words:
-            logger.info(f"{label}: the prior is {choice.words}.")
+        logger.info(self.resolved_target.line)
 
     # --- data ---
 
