@@ -59,7 +59,7 @@ def test_alpaca_columns_are_told_the_formats(folder, tmp_path, alpaca, capsys): 
 )
 def test_missing_package_is_named_with_its_extra(folder, tmp_path, capsys, monkeypatch, arguments, package, extra):  # noqa: F811
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(launch, "supervised", lambda _: pytest.fail("it was launched"))
+    monkeypatch.setattr(launch, "run", lambda _: pytest.fail("it was launched"))
     assert cli.main(["sft", *words(folder, tmp_path / "out"), *arguments]) == 2
     line = said(capsys)
     assert f"needs the package `{package}`" in line and f"`pip install 'trl-qtarget[{extra}]'`" in line
@@ -159,7 +159,7 @@ def test_without_a_gpu_it_runs_on_the_cpu_and_says_so(folder, tmp_path, capsys, 
     assert sft.main(given) == 0
     assert said(capsys) == f"trl-qtarget sft: {sft.NO_GPU}"
     commands = []
-    monkeypatch.setattr(launch, "supervised", lambda command: commands.append(command) or 0)
+    monkeypatch.setattr(launch, "run", lambda command: commands.append(command) or 0)
     assert cli.main(["sft", *given]) == 0
     assert said(capsys) == f"trl-qtarget sft: {sft.NO_GPU}"
     assert commands[0][-8:] == ["--use_cpu", "True", "--bf16", "False", "--fp16", "False", "--tf32", "False"]
@@ -196,7 +196,7 @@ def test_ctrl_c_says_what_is_left(folder, tmp_path, capsys, monkeypatch):  # noq
         with errors.one_launch():
             assert sft.main(given) == 130
             assert "interrupted" not in capsys.readouterr().err
-    monkeypatch.setattr(launch, "supervised", lambda _: 130)
+    monkeypatch.setattr(launch, "run", lambda _: 130)
     assert cli.main(["sft", *given]) == 130
     assert left in said(capsys)
     monkeypatch.setattr(launch, "main", step)

@@ -29,7 +29,7 @@ from .sft import (
     resolved_target,
     target_of,
 )
-from .supervise import run as supervised
+from .supervise import run
 
 
 SCRIPT = "trl_qtarget.cli.script"
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         parsed = parser.parse_args_and_config(
             arguments, return_remaining_strings=True, separate_remaining_strings=True
         )
-    script, training, model, mixture, target, reference, run, of_config, of_command = parsed
+    script, training, model, mixture, target, reference, going_on, of_config, of_command = parsed
     launcher = launch_command_parser()
     launcher.error = refuse
     options = [*launcher._option_string_actions, "--accelerate_config"]
@@ -68,17 +68,17 @@ def main(arguments: Sequence[str]) -> int:
     launched = launcher.parse_args([*launch_arguments, "--module", SCRIPT, *script_arguments])
     if launched.training_script != SCRIPT:
         raise ValueError(f"`{launched.training_script}` belongs to no option: remove it, or put its option before it.")
-    check_data(script, mixture)
-    check_model(model)
     check_extras(model, reference)
     if _uses_deepspeed(launched, training):
         check_installed("deepspeed", "deepspeed", "deepspeed")
-    checkpoint_of(training, resolved_target(config, model, reference), run.allow_new_target)
+    checkpoint_of(training, resolved_target(config, model, reference), going_on.allow_new_target)
+    check_data(script, mixture)
+    check_model(model)
     with one_launch():
         if on_cpu:
             say("sft", NO_GPU)
         job = [sys.executable, "-m", JOB, *launch_arguments, "--module", SCRIPT, *script_arguments]
-        status = supervised(job)
+        status = run(job)
         if status == 128 + signal.SIGINT:
             say("sft", interrupted(training.output_dir))
     return status

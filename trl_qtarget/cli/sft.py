@@ -232,7 +232,7 @@ def resolved_target(config: QTargetConfig, model: ModelConfig, reference: Refere
     Raises:
         ValueError: the target cannot have its prior.
     """
-    policy = PolicyFacts.of(model.model_name_or_path, get_peft_config(model))
+    policy = PolicyFacts.of(model.model_name_or_path or "", get_peft_config(model))
     return ResolvedTarget.of(config, choose_prior(config, policy, reference.ref_model_name_or_path))
 
 

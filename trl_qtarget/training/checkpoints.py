@@ -82,6 +82,17 @@ def check_checkpoint(checkpoint: str | os.PathLike | None, target: ResolvedTarge
         then, now = then | {"prior": None}, now | {"prior": None}
     # What was asked for is found in checkpoints that were not written by a trainer of this version.
     if then != now and former.target != target.requested.target:
+        asked = target.requested
+        if target.became_another and (asked.method, asked.trust, asked.residual) == (
+            former.method,
+            former.trust,
+            former.residual,
+        ):
+            raise ValueError(
+                f"the prior is not the one that {checkpoint} was trained with: without it {asked.label} is "
+                f"{target.config.label}. Pass the same `ref_model`, or the same starting weights as `model`, or call "
+                "`train(resume_from_checkpoint=..., allow_new_target=True)` (`--allow_new_target`)."
+            )
         changed = sorted(name for name in then | now if then.get(name) != now.get(name))
         raise ValueError(
             f"`qtarget_config` ({target.config.label}) is not the target that {checkpoint} was trained toward "
