@@ -105,7 +105,7 @@ def test_sft_trains_what_the_trainer_trains(folder):
     arguments = ["--lam", "0.2", "--ref_model_name_or_path", str(folder / "teacher")]
     found = _run(folder, "asft", *arguments, method="asft", lam=0.7)
     _same(found, _trained(folder, qtarget_config=QTargetConfig("asft", lam=0.2), ref_model=str(folder / "teacher")))
-    assert QTargetConfig.from_pretrained(folder / "asft") == QTargetConfig("asft", lam=0.2)
+    assert QTargetConfig.from_pretrained(folder / "asft") == QTargetConfig("asft", lam=0.2, prior="model")
     AutoModelForCausalLM.from_pretrained(folder / "asft")
 
 
@@ -167,7 +167,7 @@ def _refused(capsys, *arguments: str) -> str:
             ["--learning_rat", "1", "--num_proceses", "2"],
             "`--num_proceses` is no option: did you mean `--num_processes`",
         ),
-        (["--method", "asfft"], "`method='asfft'` is unknown"),
+        (["--method", "dtf"], "`method='dtf'` is unknown: did you mean `dft`?"),
         (["--method", "asft", "--eta", "0.3"], "`eta` is not used by `method='asft'`"),
         (["--method", "none"], "set both `trust` and `residual`"),
         (["--accelerate_config", "zero4"], "did you mean `zero"),
@@ -193,7 +193,7 @@ def test_every_field_of_the_target_is_an_argument():
     options = make_parser()._option_string_actions
     for name in QTargetConfig.__dataclass_fields__:
         assert name == "_" or f"--{name}" in options
-    *_, target, _ = make_parser().parse_args_and_config(
+    *_, target, _, _ = make_parser().parse_args_and_config(
         [
             "--output_dir",
             "x",

@@ -55,7 +55,7 @@ def test_page_of_several_methods_with_a_teacher(folder, tmp_path, capsys):
     rows = [json.loads(line) for line in found.read_text().splitlines()]
     assert len(rows) == sum(len(example["scored"]) for example in data["examples"])
     assert [row["suspicion"] for row in rows] == sorted((row["suspicion"] for row in rows), reverse=True)
-    assert {row["method"] for row in rows} == {"dft"}
+    assert {row["method"] for row in rows} == {"target_sft"}, "the last one that has suspicion"
 
 
 def test_map_of_all_methods(folder, tmp_path, capsys):
@@ -215,7 +215,7 @@ def test_mistakes_are_refused(folder, tmp_path, capsys, arguments, message):
 
 def test_suspicion_ranks_tokens_and_examples():
     dataset = tiny.prompt_dataset(6)
-    data = inspect_target(warm_model(), dataset, ["dft"], processing_class=tiny.tokenizer(), progress=False)
+    data = inspect_target(warm_model(), dataset, ["dft", "sft"], processing_class=tiny.tokenizer(), progress=False)
     rows = suspicious_tokens(data)
     worst = rows[0]
     example = next(example for example in data["examples"] if example["name"] == worst["example"])

@@ -156,7 +156,8 @@ def test_recipes_that_mean_one_thing(recipe):
     text = "base: &b {a: 1}\nmore: {<<: *b, c: 2}\nmethod: asft\nlam: 1e-3\n"
     assert read_recipe(recipe(text)) == {"base": {"a": 1}, "more": {"a": 1, "c": 2}, "method": "asft", "lam": "1e-3"}
     for words in (["--config", recipe("method: asft\nlam: 1e-3\n")], [f"--config={recipe('method: asft')}"]):
-        *_, target, _ = make_parser().parse_args_and_config([*GIVEN, *words])
+        parsed = make_parser().parse_args_and_config([*GIVEN, *words])
+        target = next(part for part in parsed if isinstance(part, QTargetConfig))
         assert target.method == "asft" and names_method(words)
 
 

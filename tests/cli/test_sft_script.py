@@ -61,7 +61,7 @@ def test_true_is_the_last_whole_checkpoint(folder, run, word, capsys):
 
 def test_false_starts_from_the_beginning(folder, run, tmp_path):
     state = sft.make_parser().parse_args_and_config(words(folder, run, resume_from_checkpoint="False"))[1]
-    config = sft.QTargetConfig("sft")
+    config = sft.ResolvedTarget(sft.QTargetConfig("sft"), sft.QTargetConfig("sft"))
     assert sft.checkpoint_of(state, config) is None
     state.resume_from_checkpoint = True  # as YAML says it
     assert sft.checkpoint_of(state, config) == str(run / "checkpoint-4")

@@ -73,7 +73,7 @@ def test_example_trains_the_adapters_alone(command, tmp_path):
     loaded = PeftModel.from_pretrained(untouched, tmp_path / "out", is_trainable=True)
     assert worst(trainable(loaded), trainable(trainer.model)) == 0
     assert all(value.any() for name, value in trainable(loaded).items())
-    assert QTargetConfig.from_pretrained(tmp_path / "out") == trainer.qtarget_config
+    assert QTargetConfig.from_pretrained(tmp_path / "out") == trainer.resolved_target.config
 
 
 def test_example_resumes(command, tmp_path):

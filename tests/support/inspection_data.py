@@ -48,6 +48,8 @@ def inspection_data(
                 "title": name,
                 "formula": FORMULAS[name],
                 "knobs": {"target_sft": {"eta": 0.5}, "gem": {"beta": 0.7}}.get(name, {}),
+                "trained": None,
+                "equals": None,
                 "prior": "the base model" if prior and name == "target_sft" else None,
                 "arxiv": {"dft": "2508.05629", "target_sft": "2606.11189", "gem": "2408.16673"}.get(name),
             }

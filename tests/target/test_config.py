@@ -90,7 +90,7 @@ def refused(match: str, **options) -> None:
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(ValueError, match=r"`method='sfft'` is unknown. Known methods: ") as error:
+    with pytest.raises(ValueError, match=r"`method='sfft'` is unknown: did you mean `sft`\? Known methods: ") as error:
         QTargetConfig("sfft")
     assert all(name in str(error.value) for name in METHODS)
     with pytest.raises(ValueError, match=r"`trust='faith'` is unknown. Known names: ") as error:

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trl_qtarget import QTargetConfig
+from trl_qtarget.priors.resolved import ResolvedTarget
 from trl_qtarget.target.residual import RESIDUALS
 from trl_qtarget.target.trust import TRUSTS
 from trl_qtarget.training.card import add_target, code, target_section
@@ -49,6 +50,10 @@ def structure(text: str) -> tuple[list[str], list[str]]:
     return kinds, spans
 
 
+def section(config: QTargetConfig, prior: str | None = None, name: str | None = None) -> str:
+    return target_section(ResolvedTarget(config, config, prior, name))
+
+
 def plain(name: str) -> str:
     """What is left of a name on one line: its printable characters, each gap a space."""
     return re.sub(" +", " ", "".join(letter if letter.isprintable() else " " for letter in name)).strip() or "?"
@@ -56,11 +61,11 @@ def plain(name: str) -> str:
 
 def check(name: str) -> None:
     config = QTargetConfig("asft")
-    kinds, spans = structure(target_section(config, "the reference model", name))
-    expected, before = structure(target_section(config, "the reference model", "teacher"))
+    kinds, spans = structure(section(config, "the reference model", name))
+    expected, before = structure(section(config, "the reference model", "teacher"))
     assert kinds == expected
     assert spans == [plain(name) if span == "teacher" else span for span in before]
-    target_section(config, "the reference model", name).encode()  # as a file has to
+    section(config, "the reference model", name).encode()  # as a file has to
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -83,22 +88,22 @@ def test_ordinary_names_look_as_before():
 def test_hostile_names_of_registered_designs_stay_in_their_place(name, monkeypatch):
     monkeypatch.setitem(TRUSTS, name, TRUSTS["one"])
     monkeypatch.setitem(RESIDUALS, name, RESIDUALS["policy"])
-    kinds, spans = structure(target_section(QTargetConfig(None, trust=name, residual=name), None))
-    expected, before = structure(target_section(QTargetConfig(None, trust="one", residual="policy"), None))
+    kinds, spans = structure(section(QTargetConfig(None, trust=name, residual=name)))
+    expected, before = structure(section(QTargetConfig(None, trust="one", residual="policy")))
     assert kinds == expected
     assert spans == [plain(name) if span in ("one", "policy") else span for span in before]
 
 
 def test_column_stays_in_the_block_of_the_configuration():
     config = QTargetConfig("cft", token_weight_column='```\n# Title "</code>')
-    assert structure(target_section(config, None))[0] == structure(target_section(QTargetConfig("cft"), None))[0]
+    assert structure(section(config))[0] == structure(section(QTargetConfig("cft")))[0]
 
 
 def test_heading_in_a_name_does_not_move_the_section(tmp_path):
     """TRL writes the names of model and dataset into the card above."""
     card = tmp_path / "README.md"
     card.write_text("# Model Card for ### Framework versions\n\ntext\n\n### Framework versions\n\n- TRL: 1\n")
-    add_target(card, QTargetConfig("dft"), None)
+    add_target(card, ResolvedTarget(QTargetConfig("dft"), QTargetConfig("dft")))
     text = card.read_text()
     assert text.startswith("# Model Card for ### Framework versions\n\ntext\n\n### Training target\n")
     assert text.endswith("\n\n### Framework versions\n\n- TRL: 1\n")

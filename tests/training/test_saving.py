@@ -10,6 +10,7 @@ from peft import LoraConfig
 from training import make_trainer
 
 from trl_qtarget import METHODS, PolicyFacts, QTargetConfig, QTargetSFTTrainer, choose_prior
+from trl_qtarget.priors.resolved import ResolvedTarget
 from trl_qtarget.training.card import add_target, target_section
 
 
@@ -23,10 +24,14 @@ torch.save(model(torch.arange(4, 20)[None]).logits.detach(), {path!r} + "/logits
 """
 
 
+def resolved(config: QTargetConfig, prior: str | None = None, name: str | None = None) -> ResolvedTarget:
+    return ResolvedTarget(config, config, prior, name)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_card_names_method_formula_configuration_and_papers(name):
     row, config = METHODS[name], QTargetConfig(name)
-    text = target_section(config, None)
+    text = target_section(resolved(config))
     assert f"`{name}`" in text and row.loss in text and "arXiv 2606.11189" in text
     assert f'"method": "{name}"' in text
     assert row.arxiv is None or f"https://arxiv.org/abs/{row.arxiv}" in text
@@ -34,7 +39,8 @@ def test_card_names_method_formula_configuration_and_papers(name):
 
 
 def test_card_of_a_free_combination():
-    text = target_section(QTargetConfig(method=None, trust="entropy", residual="guided", top_k=7), "the base weights")
+    config = QTargetConfig(method=None, trust="entropy", residual="guided", top_k=7)
+    text = target_section(resolved(config, "the base weights"))
     assert (
         "Trust `entropy` with residual `guided`" in text
         and '"top_k": 7' in text
@@ -45,11 +51,11 @@ def test_card_of_a_free_combination():
 def test_card_goes_before_the_versions_or_to_the_end(tmp_path):
     card = tmp_path / "README.md"
     card.write_text("# A model\n\n### Framework versions\n\n- TRL: 1\n")
-    add_target(card, QTargetConfig("dft"), None)
+    add_target(card, resolved(QTargetConfig("dft")))
     text = card.read_text()
     assert text.index("# A model") < text.index("### Training target") < text.index("### Framework versions")
     card.write_text("# Another\n")
-    add_target(card, QTargetConfig("dft"), None)
+    add_target(card, resolved(QTargetConfig("dft")))
     assert card.read_text().startswith("# Another\n\n### Training target")
 
 

@@ -1,8 +1,13 @@
 """`trl-qtarget`: the command line."""
 
+import difflib
 import importlib
+import importlib.resources
+import signal
 import sys
 from collections.abc import Sequence
+
+from .errors import is_mistake, say, take_debug, write_anywhere
 
 
 # Name: (module, what it does). A module is imported when its command is called, for some of them take seconds.
@@ -12,6 +17,8 @@ COMMANDS = {
     "plot": ("plot", "draw methods as functions of the label's probability, or the curves of runs"),
     "methods": ("methods", "list the published objectives, or explain one"),
 }
+# Whose arguments are hundreds, most of them TRL's, and cost seconds to collect: text that tests hold to the parser.
+SHORT_HELP = {"sft": "sft_help.txt"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status; 2 where the command or one of its arguments is wrong.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    write_anywhere()
+    arguments = take_debug(sys.argv[1:] if argv is None else argv)
     name = arguments.pop(0) if arguments else "--help"
     if name in ("-h", "--help"):
         sys.stdout.write(_usage())
@@ -31,18 +39,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"trl-qtarget {__version__}\n")
         return 0
     if name not in COMMANDS:
-        from .options import suggestion
-
-        sys.stderr.write(f"trl-qtarget: unknown command `{name}`{suggestion(name, COMMANDS)}.\n{_usage()}")
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f": did you mean `{near[0]}`?" if near else f": there are {', '.join(COMMANDS)}."
+        sys.stderr.write(f"trl-qtarget: unknown command `{name}`{hint}\n")
         return 2
+    if name in SHORT_HELP and ("-h" in arguments or "--help" in arguments):
+        sys.stdout.write(importlib.resources.files(__name__).joinpath(SHORT_HELP[name]).read_text(encoding="utf-8"))
+        return 0
+    arguments = ["--help" if item == "--help_all" else item for item in arguments]
     try:
         return importlib.import_module(f".{COMMANDS[name][0]}", __name__).main(arguments)
-    except ValueError as error:
-        # What users can mend needs no traceback.
-        sys.stderr.write(f"trl-qtarget {name}: {error}\n")
+    except KeyboardInterrupt:
+        sys.stderr.write(f"trl-qtarget {name}: interrupted.\n")
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if not is_mistake(error, began=False):
+            raise
+        say(name, error)
         return 2
 
 
 def _usage() -> str:
     commands = "".join(f"  {name:<10}{text}\n" for name, (_, text) in COMMANDS.items())
-    return f"usage: trl-qtarget COMMAND ... (or --help, --version; COMMAND --help for its arguments)\n\n{commands}"
+    return (
+        f"usage: trl-qtarget COMMAND ... (or --help, --version; COMMAND --help for its arguments)\n\n{commands}\n"
+        "example:\n  trl-qtarget sft --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara \\\n"
+        "      --method dft --output_dir out\n\n"
+        "`--debug` with any command shows the traceback of an error.\n"
+    )

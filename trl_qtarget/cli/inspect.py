@@ -12,7 +12,7 @@ import torch
 from accelerate.commands.launch import launch_command_parser
 from datasets import IterableDataset
 from transformers import AutoProcessor, PreTrainedModel
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, get_quantization_config
+from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from ..inspection.collect import check_request, inspect_target, numbered
 from ..inspection.figures import check_path
@@ -24,9 +24,20 @@ from ..priors.choice import PolicyFacts, check_models, choose_prior
 from ..target.config import QTargetConfig
 from ..target.methods import METHODS
 from ..training.resolve import resolve_config
+from .device import ON_CPU
+from .errors import check_installed
 from .options import check_known, read_method
 from .recipe import Parser, separated
-from .sft import ReferenceArguments, init_kwargs, load_data, load_reference, split_of, target_of
+from .sft import (
+    RECIPE,
+    check_extras,
+    check_format,
+    init_kwargs,
+    load_data,
+    load_reference,
+    split_of,
+    target_of,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -42,10 +53,6 @@ _NO_TRAINING = {
     "lr_scheduler_type": "linear",
     "deepspeed": "",
 }
-
-
-# To look at a few examples, a machine without an accelerator will do.
-_ON_CPU = {"use_cpu": "True", "bf16": "False", "fp16": "False", "tf32": "False"}
 
 
 @dataclass
@@ -73,12 +80,22 @@ class InspectArguments:
         metadata={"help": "Figure (.png, .svg, .pdf) of where the methods stand, and which are near twins."},
     )
     suspicious: str | None = field(
-        default=None, metadata={"help": "JSONL file for every token by suspicion, for the first method."}
+        default=None,
+        metadata={
+            "help": "JSONL file for every token by suspicion, for the last method that has any; of conversations that "
+            "are labelled as a whole, assistant turns come first."
+        },
+    )
+    suspicious_assistant_only: bool = field(
+        default=False,
+        metadata={"help": "Leave system and user text, and the template's tokens, out of the list of `suspicious`."},
     )
 
     def __post_init__(self):
         if self.examples < 1:
             raise ValueError("`examples` must be at least 1.")
+        if self.suspicious_assistant_only and self.suspicious is None:
+            raise ValueError("`suspicious_assistant_only` is of the list of `suspicious`: name its file.")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -87,15 +104,15 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ValueError: an argument is wrong.
     """
-    recipe = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, QTargetConfig, ReferenceArguments)
     arguments = separated(arguments)
-    parser = Parser((InspectArguments, *recipe), prog="trl-qtarget inspect")
-    fixed = _NO_TRAINING if torch.accelerator.is_available() else _NO_TRAINING | _ON_CPU
+    parser = Parser((InspectArguments, *RECIPE), prog="trl-qtarget inspect")
+    # To look at a few examples, a machine without an accelerator will do.
+    fixed = _NO_TRAINING if torch.accelerator.is_available() else _NO_TRAINING | ON_CPU
     no_training = [word for name, value in fixed.items() for word in (f"--{name}", value)]
     *parsed, of_config, left = parser.parse_args_and_config(
         [*arguments, *no_training], return_remaining_strings=True, separate_remaining_strings=True
     )
-    wanted, script, training, model, mixture, target, reference = parsed
+    wanted, script, training, model, mixture, target, reference, _ = parsed
     launcher = [*launch_command_parser()._option_string_actions, "--accelerate_config"]
     check_known(of_config, launcher, parser._option_string_actions)
     check_known(left, [], parser._option_string_actions)
@@ -103,6 +120,7 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"`{left[0]}` belongs to no option: remove it.")
     if model.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is missing: name the model to inspect.")
+    check_extras(model, reference)
     every = wanted.methods == [ALL]
     if wanted.methods is None:
         configs = [resolve_config(target_of(arguments, target), training)]
@@ -111,13 +129,16 @@ def main(arguments: Sequence[str]) -> int:
     check_request(configs, wanted.alternatives)
     if wanted.map:
         check_path(Path(wanted.map))
+        check_installed("matplotlib", "plot", "map")
     training.loss_type = "nll"  # `dft` is a target, which is among the methods by now if it is wanted
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_qtarget").setLevel(logging.INFO)
 
     data_name = ", ".join(each.path for each in mixture.datasets) or script.dataset_name
     training.model_init_kwargs = {**init_kwargs(model, training), **(training.model_init_kwargs or {})}
-    rows = split_of(load_data(script, mixture), script.dataset_train_split, "dataset_train_split")
+    dataset = load_data(script, mixture)
+    check_format(dataset, training)
+    rows = split_of(dataset, script.dataset_train_split, "dataset_train_split")
     stream = isinstance(rows, IterableDataset)
     rows = rows if stream else numbered(rows)
     if wanted.sample_seed is not None:
@@ -142,10 +163,21 @@ def main(arguments: Sequence[str]) -> int:
     if wanted.map:
         sys.stdout.write(table(draw_map(data, configs, Path(wanted.map))))
     if wanted.suspicious:
-        write_jsonl(suspicious_tokens(data), Path(wanted.suspicious))
+        rows = suspicious_tokens(data, assistant_only=wanted.suspicious_assistant_only)
+        write_jsonl(rows, Path(wanted.suspicious))
+        sys.stdout.write(_of_list(rows, wanted.suspicious))
     tokens = sum(len(example["scored"]) for example in data["examples"])
     sys.stdout.write(f"{len(data['examples'])} examples, {tokens} labelled tokens: {output}\n")
     return 0
+
+
+def _of_list(rows: list[dict[str, Any]], file: str) -> str:
+    """What the list of suspicious labels is, in one line."""
+    text = f"Suspicious labels by `{rows[0]['method']}`" if rows else "No labels of an assistant's turn"
+    others = sum(row["assistant"] is False for row in rows)
+    if others:
+        text += f", assistant turns first ({len(rows) - others}), then what is not theirs ({others})"
+    return f"{text}: {file}\n"
 
 
 def _all_of(policy: PreTrainedModel, ref_model: Any) -> list[QTargetConfig]:

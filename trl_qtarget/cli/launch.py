@@ -2,19 +2,37 @@
 
 import importlib.resources
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import yaml
 from accelerate.commands.launch import launch_command_parser
+from trl import SFTConfig
 
 from ..training.resolve import resolve_config
-from .options import check_known, suggestion
-from .recipe import refuse, separated
-from .sft import check_data, check_model, check_prior, checkpoint_of, make_parser, target_of
+from .device import cpu_words
+from .errors import check_installed, one_launch, say
+from .noise import quiet
+from .options import check_known, refuse, suggestion
+from .recipe import names_given, separated
+from .sft import (
+    NO_GPU,
+    check_data,
+    check_extras,
+    check_model,
+    checkpoint_of,
+    interrupted,
+    make_parser,
+    resolved_target,
+    target_of,
+)
 from .supervise import run
 
 
-SCRIPT = "trl_qtarget.cli.sft"
+SCRIPT = "trl_qtarget.cli.script"
 JOB = "trl_qtarget.cli.job"
 CONFIGS = "trl.accelerate_configs"
 
@@ -29,27 +47,51 @@ def main(arguments: Sequence[str]) -> int:
         ValueError: an argument is wrong; nothing has been started.
     """
     arguments = separated(arguments)
+    given = names_given(arguments)
+    on_cpu = cpu_words(given)
+    arguments = [*arguments, *on_cpu]
     parser = make_parser("trl-qtarget sft")
     # Made here only to be checked: a mistake should not cost the start of eight processes.
-    script, training, model, mixture, target, reference, of_config, of_command = parser.parse_args_and_config(
-        arguments, return_remaining_strings=True, separate_remaining_strings=True
-    )
+    with quiet():
+        parsed = parser.parse_args_and_config(
+            arguments, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    script, training, model, mixture, target, reference, going_on, of_config, of_command = parsed
     launcher = launch_command_parser()
     launcher.error = refuse
     options = [*launcher._option_string_actions, "--accelerate_config"]
     check_known([*of_config, *of_command], options, [*options, *parser._option_string_actions])
     config = resolve_config(target_of(arguments, target), training)
-    checkpoint_of(training, config)
     launch_arguments = with_accelerate_config([*of_config, *of_command])
     script_arguments = _without(arguments, of_command)
     # As a module: a script's folder would become the first place where every import looks.
     launched = launcher.parse_args([*launch_arguments, "--module", SCRIPT, *script_arguments])
     if launched.training_script != SCRIPT:
         raise ValueError(f"`{launched.training_script}` belongs to no option: remove it, or put its option before it.")
+    check_extras(model, reference)
+    if _uses_deepspeed(launched, training):
+        check_installed("deepspeed", "deepspeed", "deepspeed")
+    checkpoint_of(training, resolved_target(config, model, reference), going_on.allow_new_target)
     check_data(script, mixture)
     check_model(model)
-    check_prior(config, model, reference)
-    return run([sys.executable, "-m", JOB, *launch_arguments, "--module", SCRIPT, *script_arguments])
+    with one_launch():
+        if on_cpu:
+            say("sft", NO_GPU)
+        job = [sys.executable, "-m", JOB, *launch_arguments, "--module", SCRIPT, *script_arguments]
+        status = run(job)
+        if status == 128 + signal.SIGINT:
+            say("sft", interrupted(training.output_dir))
+    return status
+
+
+def _uses_deepspeed(launched: Any, training: SFTConfig) -> bool:
+    """Whether the launch, its configuration's file or the training names DeepSpeed."""
+    if launched.use_deepspeed or training.deepspeed:
+        return True
+    if launched.config_file is None or not os.path.isfile(launched.config_file):
+        return False
+    values = yaml.safe_load(Path(launched.config_file).read_text(encoding="utf-8"))  # JSON is YAML
+    return isinstance(values, dict) and str(values.get("distributed_type", "")).upper() == "DEEPSPEED"
 
 
 def _without(arguments: Sequence[str], taken: Sequence[str]) -> list[str]:

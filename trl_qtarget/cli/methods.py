@@ -11,7 +11,7 @@ from ..target.config import QTargetConfig
 from ..target.methods import GROUPS, METHODS, find_method
 from ..target.objective import Method, designs_of, knobs_of
 from ..target.values import unit_scale
-from .options import suggestion
+from .options import refuse, suggestion
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -21,6 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--group", choices=list(GROUPS), help="list only those of one group")
     parser.add_argument("--markdown", action="store_true", help="the table as Markdown, as the documentation has it")
     parser.add_argument("--json", action="store_true", help="for programs: every fact, as JSON")
+    parser.error = refuse
     chosen = parser.parse_args(arguments)
     if chosen.name and chosen.name not in METHODS:
         raise ValueError(

@@ -3,11 +3,17 @@
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from ..target.config import QTargetConfig
 from ..target.methods import METHODS
+
+
+def refuse(message: str) -> NoReturn:
+    """What `argparse` says instead of printing all options and leaving: `argument --lam: ...`."""
+    raise ValueError(re.sub(r"^argument (--\w+)[^:]*:", r"`\1`:", message))
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..inspection.figures import STATE_NAME, draw_methods, draw_runs
-from .options import read_method
+from .options import read_method, refuse
 
 
 DEFAULT_METHODS = ("sft", "dft", "profit", "label_smoothing", "asft", "target_sft")
@@ -34,6 +34,7 @@ def main(arguments: Sequence[str]) -> int:
         "--runs", nargs="+", help="instead of methods: folders of runs or their trainer_state.json, or name=folder"
     )
     parser.add_argument("--output", type=Path, default=Path("targets.png"), help="a .png, .svg or .pdf file")
+    parser.error = refuse
     chosen = parser.parse_args(arguments)
     if chosen.runs:
         draw_runs(_named(chosen.runs), chosen.output)

@@ -1,6 +1,5 @@
 """Arguments from the command line and from a recipe, a YAML file: whatever is wrong with them is a ValueError."""
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -8,10 +7,7 @@ from typing import Any, NoReturn
 import yaml
 from trl import TrlParser
 
-
-def refuse(message: str) -> NoReturn:
-    """What `argparse` says instead of printing all options and leaving: `argument --lam: ...`."""
-    raise ValueError(re.sub(r"^argument (--\w+)[^:]*:", r"`\1`:", message))
+from .options import refuse
 
 
 class Parser(TrlParser):
@@ -41,6 +37,16 @@ class Parser(TrlParser):
 def separated(arguments: Iterable[str]) -> list[str]:
     """`--config=file` in two, as `TrlParser` wants it."""
     return [part for item in arguments for part in (item.split("=", 1) if item.startswith("--config=") else [item])]
+
+
+def names_given(arguments: Sequence[str]) -> set[str]:
+    """The arguments that the command line and its recipe set.
+
+    Raises:
+        ValueError: as `recipe_of`.
+    """
+    words = {item.partition("=")[0][2:].replace("-", "_") for item in arguments if item.startswith("--")}
+    return words | set(recipe_of(arguments))
 
 
 def recipe_of(arguments: Sequence[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ reference model with how to load it.
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, TrainerCallback
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -30,14 +31,20 @@ from ..lock import one_run_in
 from ..priors.choice import PolicyFacts, choose_prior
 from ..priors.loading import reference_options
 from ..priors.reference import load_model
+from ..priors.resolved import ResolvedTarget
 from ..target.config import QTargetConfig
 from ..training.checkpoints import check_checkpoint, last_whole_checkpoint
 from ..training.resolve import resolve_config
 from ..training.trainer import QTargetSFTTrainer
-from .recipe import Parser, recipe_of, separated
+from .device import cpu_words
+from .errors import check_installed, in_launch, is_mistake, say, take_debug, write_anywhere
+from .noise import quiet
+from .recipe import Parser, names_given, recipe_of, separated
 
 
 logger = logging.getLogger("trl_qtarget")
+
+NO_GPU = "no GPU was found: this runs on the CPU."
 
 # Loaders of `datasets`, by the ending of a local file.
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
@@ -84,11 +91,31 @@ class ReferenceArguments:
             )
 
 
+@dataclass
+class RunArguments:
+    """How a run goes on."""
+
+    allow_new_target: bool = field(
+        default=False,
+        metadata={"help": "Resume although the target, or the weights of its prior, are not the checkpoint's."},
+    )
+
+    def __post_init__(self):
+        if not isinstance(self.allow_new_target, bool):
+            raise ValueError(
+                f"`allow_new_target` must be true or false, got `{type(self.allow_new_target).__name__}`."
+            )
+
+
+# Everything that a recipe of a training may hold.
+RECIPE = (
+    ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, QTargetConfig, ReferenceArguments, RunArguments
+)  # fmt: skip
+
+
 def make_parser(prog: str | None = None) -> Parser:
     """Parser of every argument; YAML by `--config`, with the command line winning."""
-    return Parser(
-        (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, QTargetConfig, ReferenceArguments), prog=prog
-    )
+    return Parser(RECIPE, prog=prog)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -97,25 +124,39 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         0; 2 where an argument is wrong, which has then been said. What fails in the training itself is raised.
     """
+    write_anywhere()
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("trl_qtarget").setLevel(logging.INFO)  # it says which prior was chosen
-    arguments = separated(arguments)
-    with ExitStack() as held:
+    logging.getLogger("trl_qtarget").setLevel(logging.INFO)  # it says which target is trained toward
+    arguments = separated(take_debug(arguments))
+    trainer = None
+    with ExitStack() as held, quiet():
         try:
+            if not in_launch() and (on_cpu := cpu_words(names_given(arguments))):
+                arguments = [*arguments, *on_cpu]
+                say("sft", NO_GPU)
             parsed = make_parser().parse_args_and_config(arguments, fail_with_unknown_args=False)
-            script, training, model, mixture, target, reference = parsed
+            script, training, model, mixture, target, reference, run = parsed
             # First of all: two runs in a folder would also choose its checkpoints over each other.
             held.enter_context(one_run_in(training.output_dir))
             config = resolve_config(target_of(arguments, target), training)
-            checkpoint = checkpoint_of(training, config)
+            check_model(model)
+            check_extras(model, reference)
+            checkpoint = checkpoint_of(training, resolved_target(config, model, reference), run.allow_new_target)
             trainer = make_trainer(script, training, model, mixture, config, reference)
-        except (ValueError, OSError) as error:
-            logger.debug("Refused at:", exc_info=True)
-            rank = os.environ.get("RANK", "0")
-            sys.stderr.write(f"trl-qtarget sft{'' if rank == '0' else f' (rank {rank})'}: {error}\n")
+            started = _Started()
+            trainer.add_callback(started)
+            trainer.train(resume_from_checkpoint=checkpoint, allow_new_target=run.allow_new_target)
+        except Exception as error:
+            if not is_mistake(error, began=trainer is not None and started.step):
+                raise
+            say("sft", error)
             return 2
-        trainer.train(resume_from_checkpoint=checkpoint)
+        except KeyboardInterrupt:
+            if not in_launch():  # else the launching process says it, once
+                say("sft", interrupted(training.output_dir) if trainer is not None else "interrupted.")
+            return 128 + signal.SIGINT
         trainer.save_model(training.output_dir)
+        trainer.save_state()  # whose log `plot --runs` draws
         trainer.accelerator.print(f"Saved to {training.output_dir}.")
         if training.push_to_hub:
             trainer.push_to_hub(dataset_name=script.dataset_name)
@@ -123,6 +164,22 @@ def main(arguments: Sequence[str]) -> int:
         trainer.accelerator.wait_for_everyone()  # rank 0 is still writing; who left before would look like a failure
         trainer.accelerator.end_training()
     return 0
+
+
+class _Started(TrainerCallback):
+    """Whether the first step has begun: what fails before is a matter of arguments, models and data."""
+
+    step = False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = True
+
+
+def interrupted(output_dir: str) -> str:
+    """What Ctrl-C leaves behind, in one line."""
+    if (checkpoint := last_whole_checkpoint(output_dir)) is None:
+        return f"interrupted; there is no whole checkpoint in {output_dir}."
+    return f"interrupted; the last whole checkpoint is {checkpoint} (`--resume_from_checkpoint true` goes on from it)."
 
 
 def make_trainer(
@@ -134,9 +191,9 @@ def make_trainer(
     reference: ReferenceArguments,
 ) -> QTargetSFTTrainer:
     """The trainer that the arguments describe, with its models and data loaded."""
-    check_model(model)
     training.model_init_kwargs = {**init_kwargs(model, training), **(training.model_init_kwargs or {})}
     dataset = load_data(script, mixture)
+    check_format(dataset, training)
     return QTargetSFTTrainer(
         model=model.model_name_or_path,
         args=training,
@@ -159,17 +216,31 @@ def check_model(model: ModelConfig) -> None:
         raise ValueError("`model_name_or_path` is missing: name the model to train.")
 
 
-def check_prior(config: QTargetConfig, model: ModelConfig, reference: ReferenceArguments) -> None:
-    """Raise where the target cannot have its prior, which is known before anything is loaded."""
-    policy = PolicyFacts.of(model.model_name_or_path, get_peft_config(model))
-    choose_prior(config, policy, reference.ref_model_name_or_path)
+def check_extras(model: ModelConfig, reference: ReferenceArguments) -> None:
+    """Raise where an argument needs a package that is not installed."""
+    if model.use_peft:
+        check_installed("peft", "peft", "use_peft")
+    for arguments in (model, reference):
+        for name in ("load_in_4bit", "load_in_8bit", "ref_load_in_4bit", "ref_load_in_8bit"):
+            if getattr(arguments, name, False):
+                check_installed("bitsandbytes", "quantization", name)
 
 
-def checkpoint_of(training: SFTConfig, config: QTargetConfig) -> str | None:
+def resolved_target(config: QTargetConfig, model: ModelConfig, reference: ReferenceArguments) -> ResolvedTarget:
+    """What will be trained toward, which is known before anything is loaded.
+
+    Raises:
+        ValueError: the target cannot have its prior.
+    """
+    policy = PolicyFacts.of(model.model_name_or_path or "", get_peft_config(model))
+    return ResolvedTarget.of(config, choose_prior(config, policy, reference.ref_model_name_or_path))
+
+
+def checkpoint_of(training: SFTConfig, target: ResolvedTarget, allow_new_target: bool = False) -> str | None:
     """The checkpoint that `resume_from_checkpoint` names: a folder, or `true` for the last whole one of `output_dir`.
 
     Raises:
-        ValueError: there is none, it is not whole, or it was trained toward another target.
+        ValueError: there is none, it is not whole, or it was trained toward another target and that is not allowed.
     """
     wanted = training.resume_from_checkpoint
     if isinstance(wanted, str) and wanted.lower() in ("true", "false"):  # as a command line says it
@@ -179,7 +250,7 @@ def checkpoint_of(training: SFTConfig, config: QTargetConfig) -> str | None:
     if not wanted:
         return None
     checkpoint = last_whole_checkpoint(training.output_dir) if wanted is True else wanted
-    check_checkpoint(checkpoint, config, allow_new_target=False)
+    check_checkpoint(checkpoint, target, allow_new_target)
     return checkpoint
 
 
@@ -219,6 +290,22 @@ def check_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> None:
         raise ValueError("`dataset_name` is missing: name a dataset or a local file, or a mixture in `datasets`.")
     for name in [each.path for each in mixture.datasets] or [script.dataset_name]:
         local_format(name)
+
+
+def check_format(dataset: DatasetDict | IterableDatasetDict, training: SFTConfig) -> None:
+    """Raise unless the columns are those of a format that is trained on; where they are known before the first row."""
+    formats = {"messages"}, {"conversations"}, {"prompt", "completion"}, {training.dataset_text_field}, {"input_ids"}
+    for rows in dataset.values():
+        columns = rows.column_names
+        if columns is None or any(each <= set(columns) for each in formats):
+            continue
+        alpaca = " Of Alpaca's columns, `instruction` with `input` is the prompt and `output` the completion."
+        raise ValueError(
+            f"the dataset has the columns {', '.join(f'`{name}`' for name in columns)}, which are no format to train "
+            f"on: it needs `messages`, or `prompt` and `completion`, or `{training.dataset_text_field}` "
+            "(`--dataset_text_field` names another), or `input_ids`."
+            + (alpaca if {"instruction", "output"} <= set(columns) else "")
+        )
 
 
 def load_data(script: ScriptArguments, mixture: DatasetMixtureConfig) -> DatasetDict | IterableDatasetDict:

@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from ..training.trainer import QTargetSFTTrainer
-from .collect import inspect_rows, numbered
+from .collect import ROW_COLUMN, inspect_rows, numbered
 from .render import write_page
 
 
@@ -38,7 +38,9 @@ class InspectionCallback(TrainerCallback):
             raise ValueError(f"`every={every}` must be at least 1 optimiser step.")
         self.trainer, self.every = trainer, every
         self.directory = Path(directory or Path(trainer.args.output_dir) / "inspections")
-        self.rows = trainer.prepare_rows(numbered(dataset), "inspection")
+        examples = numbered(dataset)
+        self.given = {str(row[ROW_COLUMN]): row for row in examples}
+        self.rows = trainer.prepare_rows(examples, "inspection")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._write(state.global_step)
@@ -52,7 +54,7 @@ class InspectionCallback(TrainerCallback):
         name = getattr(trainer.model.config, "_name_or_path", "")
         facts = {"title": f"Step {step}", "model": name, "dataset": ""}
         try:
-            data = inspect_rows(trainer, self.rows, [trainer.qtarget_config], facts)
+            data = inspect_rows(trainer, self.rows, [trainer.qtarget_config], facts, given=self.given)
             if trainer.is_world_process_zero():
                 write_page(data, self.directory / f"step-{step:06d}.html")
         except (ValueError, OSError) as error:  # a policy that gives NaN, a full disk: not worth a training

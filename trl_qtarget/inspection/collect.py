@@ -4,7 +4,7 @@ import datetime
 import importlib.metadata
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,11 +19,13 @@ from trl import SFTConfig
 from ..loss.request import Observed
 from ..priors.base import virtual_tokens
 from ..priors.choice import PolicyFacts, PriorChoice, PriorKind, check_models, choose_prior
+from ..priors.resolved import ResolvedTarget
 from ..target.config import QTargetConfig
 from ..target.token_target import TokenTarget
 from ..training.trainer import QTargetSFTTrainer
 from .guest import load_policy, no_trace, precision
 from .summary import summarise
+from .turns import assistant_tokens
 from .words import vocabulary
 
 
@@ -85,7 +87,8 @@ def inspect_target(
             choose_prior(config, policy, ref_model)  # refuses what training refuses
         trainer = _trainer(model, dataset, configs, ref_model, args, processing_class, scratch)
         facts = {"title": title, "model": name, "dataset": dataset_name}
-        return inspect_rows(trainer, trainer.train_dataset, configs, facts, alternatives, progress)
+        given = {str(row[ROW_COLUMN]): row for row in dataset}
+        return inspect_rows(trainer, trainer.train_dataset, configs, facts, alternatives, progress, given)
 
 
 def inspect_rows(
@@ -95,6 +98,7 @@ def inspect_rows(
     facts: dict[str, str],
     alternatives: int = 6,
     progress: bool = False,
+    given: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Inspect rows that a trainer has prepared, with its model as it is now and with its prior.
 
@@ -104,6 +108,8 @@ def inspect_rows(
         configs: the targets to compare.
         facts: `title`, `model` and `dataset`, for the page.
         alternatives, progress: as in `inspect_target`.
+        given: the examples before their preparation, by name: from conversations it is found which labels are of the
+            assistant's turns, where others are labelled too.
 
     Raises:
         ValueError: no token is labelled, or the policy gives NaN.
@@ -117,9 +123,12 @@ def inspect_rows(
         if example is not None:
             preferred = (method["preferred"] for method in example["methods"])
             seen.update(example["tokens"], *example["alternatives"], *preferred)
-            found.append({"name": str(row.get(ROW_COLUMN, number)), **example})
+            name = str(row.get(ROW_COLUMN, number))
+            found.append({"name": name, **example, "assistant": _of_assistant(trainer, given, name, example)})
     if not found:
         raise ValueError("`dataset` has no labelled token: check its format, `max_length` and `completion_only_loss`.")
+    titles = _titles(configs)
+    equals = equal_targets(found, len(configs))
     return {
         **facts,
         "reference": trainer.prior_choice.title,
@@ -128,11 +137,30 @@ def inspect_rows(
         "vocabulary": vocabulary(trainer.processing_class, seen),
         "methods": [
             _describe(config, title, choice, trainer.prior_choice)
-            for config, title, choice in zip(configs, _titles(configs), choices, strict=True)
+            | {"equals": None if equals[number] is None else titles[equals[number]]}
+            for number, (config, title, choice) in enumerate(zip(configs, titles, choices, strict=True))
         ],
         "examples": found,
         "summary": summarise(found, len(configs)),
     }
+
+
+def _of_assistant(
+    trainer: QTargetSFTTrainer, given: Mapping[str, Mapping[str, Any]] | None, name: str, example: dict[str, Any]
+) -> list[bool] | None:
+    """For each labelled token, whether it is of an assistant's turn; None where all are, or it is not known."""
+    if given is None or name not in given:
+        return None
+    mask = assistant_tokens(trainer.processing_class, given[name], example["tokens"])
+    labelled = None if mask is None else [mask[position] for position in example["scored"]]
+    return None if labelled is None or all(labelled) else labelled
+
+
+def equal_targets(examples: list[dict[str, Any]], methods: int) -> list[int | None]:
+    """For each method the first one before it that asks for the same on every labelled token; None without one."""
+    same = ("trust", "scale", "label_mass", "kl", "moved", "q")
+    shown = [[[example["methods"][m][name] for name in same] for example in examples] for m in range(methods)]
+    return [next((other for other in range(m) if shown[other] == shown[m]), None) for m in range(methods)]
 
 
 def check_request(configs: Sequence[QTargetConfig], alternatives: int) -> None:
@@ -350,7 +378,8 @@ def _titles(configs: Sequence[QTargetConfig]) -> list[str]:
 
 def _describe(config: QTargetConfig, title: str, choice: PriorChoice, running: PriorChoice) -> dict[str, Any]:
     """What the page says of a target, whose prior is that of `choice`; `running` is the one that runs."""
-    row = config.row
+    target = ResolvedTarget.of(config, choice)
+    row = target.config.row
     if choice.kind is PriorKind.NONE:
         prior = None
     elif choice.kind is running.kind:
@@ -362,8 +391,9 @@ def _describe(config: QTargetConfig, title: str, choice: PriorChoice, running: P
     return {
         "name": _name(config),
         "title": title,
+        "trained": target.config.label if target.became_another else None,
         "formula": row.loss if row else "CE(Q, p)",
-        "knobs": config.knobs,
+        "knobs": target.config.knobs,
         "prior": prior,
         "arxiv": row.arxiv if row else None,
     }

@@ -33,7 +33,9 @@ def pyplot_to_files() -> Any:
     try:
         import matplotlib
     except ModuleNotFoundError:
-        raise ValueError("a figure needs matplotlib: pip install matplotlib.") from None
+        raise ValueError(
+            "a figure needs the package `matplotlib`, which is not installed: `pip install 'trl-qtarget[plot]'`."
+        ) from None
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "trl-qtarget"
     from matplotlib import pyplot

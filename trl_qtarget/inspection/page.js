@@ -1,6 +1,8 @@
 // What the page does; parts.js and suspicious.js stand before it in the same script.
 
 const LEVELS = 10;
+// With more examples than FOLDED, all but the first OPEN are folded.
+const [FOLDED, OPEN] = [10, 3];
 
 let method = 0;
 let chosen = null; // {e, j}: the example, and the index into its scored tokens.
@@ -85,7 +87,11 @@ function drawExample(example, e) {
     text.append(span);
   });
   const name = make("h3", { id: `name-${e}` }, "Example ", make("bdi", {}, example.name));
-  return make("article", {}, make("header", {}, name, make("span", { class: "hint", id: `facts-${e}` })), text);
+  const facts = make("span", { class: "hint", id: `facts-${e}` });
+  // A long page is read example by example: its first ones are open, and whatever leads to a token opens its own.
+  const fold = make("details", { class: "example" }, make("summary", {}, name, facts), text);
+  fold.open = e < OPEN || data.examples.length <= FOLDED;
+  return make("article", {}, fold);
 }
 
 const placeOf = (event) => (event.target.closest ? event.target.closest(".t")?.place : undefined);
@@ -99,6 +105,7 @@ function stopAt({ e, j }) {
 const reveal = ({ e, j }) => spans[e][j].scrollIntoView({ block: "nearest" });
 
 function focusOn({ e, j }) {
+  unfold({ e, j });
   stopAt({ e, j });
   spans[e][j].focus({ preventScroll: true });
   if (chosen) choose({ e, j });
@@ -172,6 +179,7 @@ function choose(place) {
 // To the label beside the chosen one; the focus stays where it is.
 function step(by) {
   choose(beside(chosen, by));
+  unfold(chosen);
   reveal(chosen);
 }
 
@@ -182,7 +190,10 @@ function close() {
   spans[e][j].focus({ preventScroll: true });
 }
 
+const unfold = ({ e, j }) => (spans[e][j].closest("details").open = true);
+
 function jump(place) {
+  unfold(place);
   choose(place);
   focusOn(place);
   spans[place.e][place.j].scrollIntoView({ block: "center" });

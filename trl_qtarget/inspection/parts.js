@@ -84,10 +84,12 @@ const token = (id) => make("bdi", { class: "glyphs", dir: "auto" }, ...glyphs(wo
 const tokenOr = (id, none) => (id === null ? none : token(id));
 const spoken = (id) => pieces(word(id)).map(([shown]) => shown).join("");
 
-function described({ knobs, prior, arxiv }) {
+function described({ knobs, prior, arxiv, trained, equals }) {
   const parts = Object.entries(knobs ?? {}).map(([name, value]) => `${name} = ${value}`);
   if (prior) parts.push(`prior: ${prior}`);
   if (arxiv) parts.push(`arXiv:${arxiv}`);
+  if (trained) parts.unshift(`here ${trained.replaceAll("`", "")}`);
+  if (equals) parts.push(`equal to ${equals} on every label here`);
   return parts.join(" · ");
 }
 

@@ -19,6 +19,7 @@ const EXAMPLE_COLUMNS = [
   { key: "suspicion", title: "suspicion" },
   { key: "trust", title: "mean γ" },
   { key: "nll", title: "mean NLL" },
+  { key: "text", title: "text", words: true, cell: (row) => make("bdi", { class: "excerpt" }, row.text) },
 ];
 
 // What is missing stays last in both directions.
@@ -39,7 +40,8 @@ function rowsTable(table, kinds) {
   table.parentElement.after(more);
 
   function show() {
-    state.rows.sort((a, b) => compare(a[state.key], b[state.key], state.descending ? -1 : 1));
+    state.rows.sort((a, b) => Boolean(a.other) - Boolean(b.other)
+      || compare(a[state.key], b[state.key], state.descending ? -1 : 1));
     heads.forEach((head, i) => {
       const sorted = kinds[i].key === state.key ? (state.descending ? "descending" : "ascending") : null;
       if (sorted) head.setAttribute("aria-sort", sorted);
@@ -60,7 +62,7 @@ function rowsTable(table, kinds) {
     const place = event.target.closest("tr")?.place;
     if (place) jump(place);
     if (!key) return;
-    state.descending = key === state.key ? !state.descending : !["label", "e", "preferred"].includes(key);
+    state.descending = key === state.key ? !state.descending : !["label", "e", "preferred", "text"].includes(key);
     state.key = key;
     show();
   });
@@ -71,6 +73,18 @@ function rowsTable(table, kinds) {
   return { state, set: (rows) => { Object.assign(state, { rows, shown: ROWS }); show(); } };
 }
 
+// The labels of an example as one line, around its most suspicious one.
+const AROUND = 12;
+function excerpt(example, j) {
+  const [from, to] = [Math.max(0, j - AROUND), j + AROUND + 1];
+  const text = example.scored.slice(from, to).map((position) => spoken(example.tokens[position])).join("");
+  return `${from ? "…" : ""}${text}${to < example.scored.length ? "…" : ""}`;
+}
+
+// Conversations that are labelled as a whole: what the assistant has not written comes last, or not at all.
+const other = (example, j) => Boolean(example.assistant) && !example.assistant[j];
+const mixed = data.examples.some((example) => example.assistant);
+
 const tokenTable = rowsTable(byId("suspicious-tokens"), TOKEN_COLUMNS);
 const exampleTable = rowsTable(byId("suspicious-examples"), EXAMPLE_COLUMNS);
 
@@ -79,26 +93,34 @@ function showSuspicious() {
   data.examples.forEach((example, e) => {
     const { suspicion, trust } = example.methods[method];
     example.scored.forEach((_, j) => {
+      if (other(example, j) && byId("assistant-only").checked) return;
       const [id, preferredId] = [example.alternatives[j][0], preferredOf(example.methods[method], j)];
-      tokens.push({ e, j, id, preferredId, label: word(id), preferred: preferredId === null ? null : word(preferredId),
+      tokens.push({ e, j, other: other(example, j), id, preferredId, label: word(id), preferred: preferredId === null ? null : word(preferredId),
         suspicion: suspicion[j], trust: trust[j], nll: example.nll[j], entropy: example.entropy[j],
         p: example.p[j][0] });
     });
-    const order = suspicion.map((x, j) => [x, j]).sort((a, b) => b[0] - a[0]).slice(0, 3);
+    const some = example.assistant?.includes(true);
+    const order = suspicion.map((x, j) => [x, j]).filter(([, j]) => !some || !other(example, j)).sort((a, b) => b[0] - a[0]).slice(0, 3);
     if (order.length) {
       const suspected = mean(order.map(([x]) => x));
-      wholes.push({ e, j: order[0][1], suspicion: suspected, trust: mean(trust), nll: mean(example.nll) });
+      wholes.push({ e, j: order[0][1], suspicion: suspected, trust: mean(trust), nll: mean(example.nll),
+        text: excerpt(example, order[0][1]) });
     }
   });
+  byId("no-suspicion").hidden = data.examples.some((example) => example.methods[method].suspicion.some((x) => x > 0));
   tokenTable.set(tokens);
   exampleTable.set(wholes);
 }
+
+byId("assistant-choice").hidden = !mixed;
+byId("assistant-only").addEventListener("change", showSuspicious);
 
 function exportRows() {
   const name = names[method];
   const lines = tokenTable.state.rows.map(({ e, j, label, suspicion, trust, nll }) => {
     const { name: example, scored, methods } = data.examples[e];
-    const place = { example, position: scored[j], token: label, method: name };
+    const assistant = data.examples[e].assistant?.[j] ?? null;
+    const place = { example, position: scored[j], token: label, method: name, assistant };
     const preferred = word(methods[method].preferred[j]);
     return JSON.stringify({ ...place, suspicion, trust, nll, preferred }) + "\n";
   });

@@ -204,6 +204,7 @@ def _check_base(adapters: Mapping[str, Any]) -> None:
 
 
 def _name_of(reference: str | PreTrainedModel) -> str | None:
-    """What a card calls the model: its id, or the last part of a local path."""
+    """What a card calls the model: its id on the hub, or the last part of a local path, be it one of long ago."""
     name = reference if isinstance(reference, str) else getattr(reference.config, "_name_or_path", "")
-    return (Path(name).name if Path(name).is_dir() else name) or None
+    local = Path(name).is_dir() or name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name
+    return (name.replace("\\", "/").rstrip("/").rpartition("/")[2] if local else name) or None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import replacing
-from .choice import PriorChoice
+from .choice import PriorChoice, PriorKind
 from .shards import gather, share
 
 
@@ -67,6 +67,9 @@ class PriorRecord:
 
         A weight that only one of them has fixed is compared by neither: it is trained in the other.
         """
+        alone = {PriorKind.NONE.value, PriorKind.POLICY.value}  # nothing but the policy, by whatever name
+        if {self.kind, former.kind} <= alone:
+            return
         if self.kind != former.kind:
             why = f"it is {self.title}"
         else:

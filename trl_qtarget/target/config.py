@@ -17,6 +17,8 @@ from .shown import shown
 
 
 CONFIG_NAME = "qtarget_config.json"
+# What a file says beside the fields, for who reads it: where the prior came from, and what wrote it.
+PROVENANCE = "provenance"
 PRIORS = ("auto", "policy", "base", "start", "model", "lagged")
 KERNELS = ("auto", "torch", "triton")
 
@@ -369,12 +371,18 @@ class QTargetConfig:
         """All fields that are set."""
         return {name: value for name, value in asdict(self).items() if value is not None or name == "method"}
 
-    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write `qtarget_config.json` into a directory, which is made if it does not exist."""
+    def save_pretrained(self, save_directory: str | os.PathLike, provenance: dict[str, Any] | None = None) -> None:
+        """Write `qtarget_config.json` into a directory, which is made if it does not exist.
+
+        Args:
+            save_directory: the directory.
+            provenance: what the file says beside the fields, under that name; it is not read again.
+        """
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
+        values = self.to_dict() | ({PROVENANCE: provenance} if provenance else {})
         with replacing(directory / CONFIG_NAME) as file:
-            file.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> "QTargetConfig":
@@ -394,4 +402,5 @@ class QTargetConfig:
             raise ValueError(f"`{path}` is not valid JSON ({error}): write it again with `save_pretrained`.") from None
         if not isinstance(values, dict):
             raise ValueError(f"`{path}` does not hold a JSON object: write it again with `save_pretrained`.")
+        values.pop(PROVENANCE, None)
         return cls._from_fields(values, f"`{path}`")

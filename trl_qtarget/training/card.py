@@ -4,7 +4,9 @@ import json
 import re
 from pathlib import Path
 
+from .. import __version__
 from ..files import replacing
+from ..priors.resolved import ResolvedTarget
 from ..target.config import QTargetConfig
 
 
@@ -21,30 +23,30 @@ def code(text: str) -> str:
     return f"{fence}{pad}{line or '?'}{pad}{fence}"
 
 
-def target_section(config: QTargetConfig, prior: str | None, reference_name: str | None = None) -> str:
-    """The section of a model card, in Markdown: method, formula, prior, configuration and papers.
-
-    Args:
-        config: the target.
-        prior: what the prior is, in words of this package; None if there is none.
-        reference_name: what the reference model is called, by whoever named it.
-    """
+def target_section(target: ResolvedTarget) -> str:
+    """The section of a model card, in Markdown: method, formula, prior, configuration and papers."""
+    config = target.config
     row = config.row
     if row is None:
         designs = f"Trust {code(config.trust)} with residual {code(config.residual)}"
         what = f"{designs}, a free combination of trl-qtarget."
     else:
         what = f"`{config.method}` ({row.source}). Loss of a token: `{row.loss}`."
+    if target.became_another:
+        asked = target.requested
+        name = asked.method or f"{asked.trust} + {asked.residual}"
+        what += f" Asked for was {code(name)}, which with no other model as its prior is this target."
     lines = [
         _HEADING,
         "",
-        "Trained with [trl-qtarget](https://pypi.org/project/trl-qtarget/) toward the target distribution "
-        "`Q = γ δ(y) + (1 - γ) π̃` of each token:",
+        f"Trained with [trl-qtarget](https://pypi.org/project/trl-qtarget/) {__version__} toward the target "
+        "distribution `Q = γ δ(y) + (1 - γ) π̃` of each token:",
         "",
         what,
     ]
-    if prior:
-        lines += ["", f"Prior: {prior} ({code(reference_name)})." if reference_name else f"Prior: {prior}."]
+    if target.prior:
+        name = f" ({code(target.prior_name)})" if target.prior_name else ""
+        lines += ["", f"Prior: {target.prior}{name}."]
     # JSON escapes the ends of lines, so no text in it can begin one and close the block.
     lines += ["", "```json", json.dumps(config.to_dict(), indent=2), "```", "", f"Papers: {_papers(config)}."]
     return "\n".join(lines)
@@ -57,10 +59,10 @@ def _papers(config: QTargetConfig) -> str:
     return ", ".join(f"[{name} (arXiv {number})](https://arxiv.org/abs/{number})" for number, name in names.items())
 
 
-def add_target(card: Path, config: QTargetConfig, prior: str | None, reference_name: str | None = None) -> None:
+def add_target(card: Path, target: ResolvedTarget) -> None:
     """Put the section into a model card of TRL, before the versions; at the end if they are not there."""
     text = card.read_text(encoding="utf-8")
-    section = target_section(config, prior, reference_name)
+    section = target_section(target)
     before, versions, after = text.rpartition(_VERSIONS)
     with replacing(card) as whole:
         if versions:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..priors.own import STATE_NAME
 from ..priors.record import RECORD_NAME
+from ..priors.resolved import ResolvedTarget
 from ..target.config import CONFIG_NAME, QTargetConfig
 
 
@@ -57,8 +58,8 @@ def settled_as_in(checkpoint: str | os.PathLike, config: QTargetConfig) -> QTarg
     return config.settled_as(QTargetConfig.from_pretrained(checkpoint).knobs)
 
 
-def check_checkpoint(checkpoint: str | os.PathLike | None, config: QTargetConfig, allow_new_target: bool) -> None:
-    """Raise unless a run toward `config` may go on from a checkpoint; None is what `last_whole_checkpoint` found."""
+def check_checkpoint(checkpoint: str | os.PathLike | None, target: ResolvedTarget, allow_new_target: bool) -> None:
+    """Raise unless a run toward `target` may go on from a checkpoint; None is what `last_whole_checkpoint` found."""
     if checkpoint is None:
         raise ValueError(
             "`resume_from_checkpoint=True` finds no whole checkpoint in `output_dir`: start from the beginning, or "
@@ -82,12 +83,27 @@ def check_checkpoint(checkpoint: str | os.PathLike | None, config: QTargetConfig
     if allow_new_target or not (folder / CONFIG_NAME).is_file():
         return
     former = QTargetConfig.from_pretrained(checkpoint)
-    if former.target != config.target:
-        changed = sorted(
-            name for name in former.target | config.target if former.target.get(name) != config.target.get(name)
-        )
+    target = target.settled_as(former.knobs)
+    then, now = former.target, target.config.target
+    if (folder / RECORD_NAME).is_file():
+        # It says which prior was used, and is compared when the weights are there. `base` and `start` may be one.
+        then, now = then | {"prior": None}, now | {"prior": None}
+    # What was asked for is found in checkpoints that were not written by a trainer of this version.
+    if then != now and former.target != target.requested.target:
+        asked = target.requested
+        if target.became_another and (asked.method, asked.trust, asked.residual) == (
+            former.method,
+            former.trust,
+            former.residual,
+        ):
+            raise ValueError(
+                f"the prior is not the one that {checkpoint} was trained with: without it {asked.label} is "
+                f"{target.config.label}. Pass the same `ref_model`, or the same starting weights as `model`, or call "
+                "`train(resume_from_checkpoint=..., allow_new_target=True)` (`--allow_new_target`)."
+            )
+        changed = sorted(name for name in then | now if then.get(name) != now.get(name))
         raise ValueError(
-            f"`qtarget_config` ({config.label}) is not the target that {checkpoint} was trained toward "
-            f"({former.label}): they differ in {', '.join(changed)}. Resume with the same target, or call "
-            "`train(resume_from_checkpoint=..., allow_new_target=True)`."
+            f"`qtarget_config` ({target.config.label}) is not the target that {checkpoint} was trained toward "
+            f"({former.label}): they differ in {', '.join(changed)}. Resume with the same target, or say that it may "
+            "change: `train(resume_from_checkpoint=..., allow_new_target=True)`, `--allow_new_target`."
         )

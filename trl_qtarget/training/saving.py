@@ -16,9 +16,11 @@ from ..priors.base import Prior
 from ..priors.choice import PriorChoice
 from ..priors.own import STATE_NAME
 from ..priors.record import PriorRecord, fingerprints
+from ..priors.resolved import ResolvedTarget
 from ..target.config import QTargetConfig
 from .card import add_target
 from .checkpoints import check_checkpoint, clear_state, last_whole_checkpoint, settled_as_in
+from .trackers import TargetForTrackers
 
 
 logger = get_logger(__name__)
@@ -56,12 +58,27 @@ class CheckpointMixin:
         if resume_from_checkpoint:
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            check_checkpoint(resume_from_checkpoint, self.resolved_target, allow_new_target)
             self._settle_as_in(resume_from_checkpoint)
-            check_checkpoint(resume_from_checkpoint, self.qtarget_config, allow_new_target)
             self._may_change_prior = allow_new_target
         elif self.prior_choice.warning_if_trained and are_trained(self.model):
             logger.warning(self.prior_choice.warning_if_trained)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        trackers = TargetForTrackers(self._facts)
+        self.callback_handler.callbacks.insert(0, trackers)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            trackers.end(self.args)
+            self.remove_callback(trackers)
+
+    @property
+    def resolved_target(self) -> ResolvedTarget:
+        """The target that is really trained toward: what was asked for, with its prior and every knob."""
+        return ResolvedTarget.of(self.qtarget_config, self.prior_choice)
+
+    def _facts(self) -> dict[str, Any]:
+        self._settle(self.model_wrapped)
+        return self.resolved_target.facts()
 
     def _settle_as_in(self, checkpoint: str | None) -> None:
         """What the data has decided stays decided: the policy knows other things by now."""
@@ -79,18 +96,20 @@ class CheckpointMixin:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            self.qtarget_config.save_pretrained(output_dir or self.args.output_dir)
+            self._save_target(output_dir or self.args.output_dir)
         if not _internal_call and output_dir in (None, self.args.output_dir):
             self.create_model_card()  # else only checkpoints and pushes would write one
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            choice = self.prior_choice
-            card = Path(self.args.output_dir) / "README.md"
-            add_target(card, self.qtarget_config, choice.words, choice.reference_name)
+            add_target(Path(self.args.output_dir) / "README.md", self.resolved_target)
             # Beside the card, for whatever is pushed while training goes on.
-            self.qtarget_config.save_pretrained(self.args.output_dir)
+            self._save_target(self.args.output_dir)
+
+    def _save_target(self, directory: str | os.PathLike) -> None:
+        target = self.resolved_target
+        target.config.save_pretrained(directory, target.provenance)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:

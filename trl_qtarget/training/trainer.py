@@ -135,7 +135,7 @@ class QTargetSFTTrainer(CheckpointMixin, SettlingMixin, SFTTrainer):
         )
         if self._prior is not None:
             self.add_callback(PriorCallback(self._prior))
-        self._announce_prior()
+        self._announce_target()
         self._running = {mode: RunningMeans(self.aux_loss_enabled) for mode in ("train", "eval")}
         self._new_tokens: Tensor | int = 0
         self._evaluated_as = "eval"
@@ -148,12 +148,10 @@ class QTargetSFTTrainer(CheckpointMixin, SettlingMixin, SFTTrainer):
         """
         return choose_prior(config, self._policy_facts, self._ref_model)
 
-    def _announce_prior(self) -> None:
-        choice, label = self.prior_choice, self.qtarget_config.label
-        for warning in choice.warnings:
+    def _announce_target(self) -> None:
+        for warning in self.prior_choice.warnings:
             logger.warning(warning)
-        if choice.words:
-            logger.info(f"{label}: the prior is {choice.words}.")
+        logger.info(self.resolved_target.line)
 
     # --- data ---
 
