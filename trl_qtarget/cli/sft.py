@@ -30,6 +30,7 @@ from ..lock import one_run_in
 from ..priors.choice import PolicyFacts, choose_prior
 from ..priors.loading import reference_options
 from ..priors.reference import load_model
+from ..priors.store import PriorCache
 from ..target.config import QTargetConfig
 from ..training.checkpoints import check_checkpoint, last_whole_checkpoint
 from ..training.resolve import resolve_config
@@ -45,7 +46,7 @@ FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "cs
 
 @dataclass
 class ReferenceArguments:
-    """A reference model or teacher, and how to load it."""
+    """A reference model or teacher and how to load it, or what one has said before."""
 
     ref_model_name_or_path: str | None = field(
         default=None,
@@ -69,6 +70,11 @@ class ReferenceArguments:
         metadata={"help": "Run code of the reference model's repository. The policy's `trust_remote_code` does not."},
     )
 
+    prior_cache: str | None = field(
+        default=None,
+        metadata={"help": "In place of a reference model: a folder that `trl-qtarget cache` has written."},
+    )
+
     def __post_init__(self):
         for item in fields(self):
             value, switch = getattr(self, item.name), isinstance(item.default, bool)
@@ -78,6 +84,7 @@ class ReferenceArguments:
         if self.ref_load_in_4bit and self.ref_load_in_8bit:
             raise ValueError("`ref_load_in_4bit` and `ref_load_in_8bit` exclude each other: set one of them.")
         given = [name for name in vars(self) if getattr(self, name) != type(self).__dataclass_fields__[name].default]
+        given = [name for name in given if name != "prior_cache"]
         if given and self.ref_model_name_or_path is None:
             raise ValueError(
                 f"`{given[0]}` says how to load a reference model: name it with `ref_model_name_or_path`."
@@ -150,6 +157,7 @@ def make_trainer(
         peft_config=get_peft_config(model),
         qtarget_config=config,
         ref_model=load_reference(reference, training),
+        prior_cache=reference.prior_cache,
     )
 
 
@@ -162,7 +170,8 @@ def check_model(model: ModelConfig) -> None:
 def check_prior(config: QTargetConfig, model: ModelConfig, reference: ReferenceArguments) -> None:
     """Raise where the target cannot have its prior, which is known before anything is loaded."""
     policy = PolicyFacts.of(model.model_name_or_path, get_peft_config(model))
-    choose_prior(config, policy, reference.ref_model_name_or_path)
+    cache = None if reference.prior_cache is None else PriorCache(reference.prior_cache)
+    choose_prior(config, policy, reference.ref_model_name_or_path, cache)
 
 
 def checkpoint_of(training: SFTConfig, config: QTargetConfig) -> str | None:
