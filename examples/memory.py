@@ -25,6 +25,9 @@ CHUNK_BYTES = 1 << 29
 BLOCK_ELEMENTS = 1 << 24  # of these, what it works on at a time on a GPU
 NF4_BLOCK, SCALE_BLOCK = 64, 256  # weights per scale, and scales per scale of scales
 STATE_BLOCK, SMALLEST_STATE = 256, 4096  # 8-bit AdamW: elements per scale; smaller parameters keep float32 states
+# Bytes of a known token in a batch and in the loss: id and number, int32 and float32, as they come, moved by one
+# position, and of the scored tokens, there with 64-bit ids too.
+CACHED = 8 + 8 + 4 + 8 + 8
 MASK = "attention mask (sdpa, packed rows)"
 
 # Float32 buffers that the fused loss holds at its peak: of a chunk the logits of the policy and of the prior, and of a
@@ -125,8 +128,16 @@ def layer_bytes(shapes: Shapes, tokens: int, rank: int) -> int:
     return tokens * (norms + attention + mlp + adapters + flowing) + weight + mask
 
 
-def loss_bytes(shapes: Shapes, tokens: int, method: str, has_prior: bool, chunk_tokens: int | None) -> dict[str, int]:
-    """The loss at its peak: logits of a chunk, what is made of a block, and what has the size of the hidden states."""
+def loss_bytes(
+    shapes: Shapes, tokens: int, method: str, has_prior: bool, chunk_tokens: int | None, cached_k: int | None = None
+) -> dict[str, int]:
+    """The loss at its peak: logits of a chunk, what is made of a block, and what has the size of the hidden states.
+
+    With a prior of which a cache has the `cached_k` most probable tokens it is that of a method without a prior.
+    """
+    rows = 0 if cached_k is None else CACHED * cached_k * tokens
+    if cached_k is not None:
+        has_prior, method = False, "dft"
     chunks = 2 if has_prior else 1
     most = min(chunk_tokens or CHUNK_BYTES // (chunks * FLOAT * shapes.vocabulary), tokens)
     chunk = -(-tokens // -(-tokens // most))
@@ -140,6 +151,7 @@ def loss_bytes(shapes: Shapes, tokens: int, method: str, has_prior: bool, chunk_
         * FLOAT,
         "hidden states, their gradient, last norm": hidden * (2 * HALF + FLOAT + FLOAT),
         "the prior's hidden states": 2 * HALF * hidden if has_prior else 0,
+        "what the cache says of the prior": rows,
     }
 
 
@@ -182,8 +194,12 @@ def account(
     rank: int = 16,
     method: str = "target_sft",
     chunk_tokens: int | None = None,
+    cached_k: int | None = None,
 ) -> Account:
-    """The account of `examples/qlora.py`; `tokens` is the batch size times the length of a row."""
+    """The account of `examples/qlora.py`; `tokens` is the batch size times the length of a row.
+
+    `cached_k`: of a `prior_cache` of the form `top_k`.
+    """
     shapes = Shapes.of(config)
     has_prior = prior_of(method).objective.uses_prior
     weights = weight_bytes(shapes)
@@ -191,7 +207,7 @@ def account(
         steady=weights | adapter_bytes(shapes, rank) | {MASK: tokens**2},
         checkpoints=HALF * shapes.layers * tokens * shapes.hidden,
         layer=layer_bytes(shapes, tokens, rank),
-        loss=loss_bytes(shapes, tokens, method, has_prior, chunk_tokens),
+        loss=loss_bytes(shapes, tokens, method, has_prior, chunk_tokens, cached_k if has_prior else None),
         teacher=sum(weights.values()),
         dense=DENSE_BUFFERS[method] * tokens * shapes.vocabulary * FLOAT,
     )
@@ -206,11 +222,12 @@ def main() -> None:
     parser.add_argument("--lora_rank", type=int, default=16, help="Rank of the adapters.")
     parser.add_argument("--method", choices=list(METHODS), default="target_sft", help="Published objective.")
     parser.add_argument("--chunk_tokens", type=int, help="Tokens that the loss scores at a time. None: 64 Mi logits.")
+    parser.add_argument("--cached_k", type=int, help="k of a `prior_cache` of the form 'top_k'. None: a live prior.")
     arguments = parser.parse_args()
     source = Path(arguments.model)
     config = AutoConfig.from_pretrained(source if source.exists() else arguments.model)
-    lines = account(config, arguments.tokens, arguments.lora_rank, arguments.method, arguments.chunk_tokens).lines()
-    for name, size in lines:
+    chosen = (arguments.tokens, arguments.lora_rank, arguments.method, arguments.chunk_tokens, arguments.cached_k)
+    for name, size in account(config, *chosen).lines():
         print(f"{name:<62}{size / 1e9:>9.3f} GB")
 
 

@@ -67,11 +67,10 @@ def build_prior(
 
 
 def check_cache(cache: PriorCache, policy: PreTrainedModel) -> None:
-    """Raise unless a cache speaks of the policy's vocabulary, in the bytes that it was written with."""
+    """Raise unless a cache speaks of the policy's vocabulary."""
     rows = whole_shape(base_model_of(policy).get_output_embeddings().weight)[0]
     if cache.manifest.vocabulary != rows:
         raise ValueError(
             f"`prior_cache` has a vocabulary of {cache.manifest.vocabulary}, the policy one of {rows}: make the cache "
             "with a prior of the policy's vocabulary."
         )
-    cache.check_sums()

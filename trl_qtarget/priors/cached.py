@@ -13,7 +13,7 @@ from ..loss.head import ModelHead
 from ..loss.request import PriorStates, TopKStates
 from ..target.top_k import TopKPrior
 from .base import Prior
-from .store import HEAD, Manifest, PriorCache
+from .store import Manifest, PriorCache
 
 
 # What a batch carries of the cache: rows of `PriorCache.read` for every token, `[B, T, W]`.
@@ -44,7 +44,7 @@ class CachedPrior(Prior):
 
     def _head_on(self, device: torch.device) -> ModelHead:
         if self._head is None or self._head.weight.device != device:
-            tensors, manifest = load_file(self.cache.directory / HEAD, str(device)), self.cache.manifest
+            tensors, manifest = load_file(self.cache.head, str(device)), self.cache.manifest
             shape = manifest.logit_scale, manifest.logit_softcap
             self._head = ModelHead(tensors["weight"], tensors.get("bias"), *shape)
         return self._head

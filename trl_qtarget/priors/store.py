@@ -1,7 +1,7 @@
 """What a prior has said of a dataset, on disk: read, memory-mapped, by the content of an example.
 
     manifest.json            what has spoken (`Manifest`), written before anything else
-    head.safetensors         the LM head, of the form `hidden`
+    head.<sha>.safetensors   the LM head, of the form `hidden`
     <unit>-<sha>.safetensors a shard: whole or not there, named by its examples and by the SHA-256 of its bytes
         keys[E, 16]          of every example, a hash of its token ids
         starts[E + 1]        its rows are starts[e] to starts[e + 1]; a row is one labelled token
@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 
-MANIFEST, HEAD = "manifest.json", "head.safetensors"
+MANIFEST = "manifest.json"
 FORMS = ("hidden", "top_k")
 # What is stored beside the examples' keys, in the order in which a batch carries it.
 FIELDS = {"hidden": ("hidden",), "top_k": ("ids", "log_probs", "label_log_probs", "rest_log_mass")}
@@ -133,6 +133,8 @@ class PriorCache:
     """
 
     def __init__(self, directory: str | Path, expected: str | None = None):
+        if not isinstance(directory, str | Path):
+            raise ValueError(f"`prior_cache` must be the path of a folder, got `{type(directory).__name__}`.")
         self.directory = Path(directory)
         self.manifest = Manifest.load(directory)
         self.names = sorted(path.name for path in self.directory.glob("*-*.safetensors"))
@@ -146,7 +148,10 @@ class PriorCache:
         for number, shard in enumerate(self._shards):
             keys, starts = shard["keys"].numpy(), shard["starts"].tolist()
             for row, (start, stop) in enumerate(pairwise(starts)):
-                self._places.setdefault(keys[row].tobytes(), (number, start, stop))
+                # Of an example that was cached twice, as with another `max_length`, where more of it is.
+                key, known = keys[row].tobytes(), self._places.get(keys[row].tobytes(), (0, 0, 0))
+                if stop - start > known[2] - known[1]:
+                    self._places[key] = (number, start, stop)
             offset += starts[-1]
             offsets.append(offset)
         self._offsets = np.asarray(offsets)
@@ -158,12 +163,25 @@ class PriorCache:
         """How many examples it has."""
         return len(self._places)
 
+    @property
+    def head(self) -> Path:
+        """Where the head of the form `hidden` is.
+
+        Raises:
+            ValueError: there is none.
+        """
+        found = heads_in(self.directory)
+        if not found:
+            raise ValueError(f"`prior_cache`: {self.directory} has no head: run `trl-qtarget cache` again.")
+        return found[0]
+
     def check_sums(self) -> None:
-        """Raise unless every shard has the bytes that it was written with. It reads all of them."""
-        for name in self.names:
-            if _sha256(self.directory / name) != name.rpartition("-")[2].partition(".")[0]:
+        """Raise unless every file has the bytes that it was written with. It reads all of them."""
+        names = [*self.names, *([self.head.name] if self.manifest.form == "hidden" else [])]
+        for name in names:
+            if _sha256(self.directory / name) != name.replace("-", ".").split(".")[1]:
                 raise ValueError(
-                    f"`prior_cache`: the shard {name} of {self.directory} has other bytes than it was written with: "
+                    f"`prior_cache`: the file {name} of {self.directory} has other bytes than it was written with: "
                     "delete it, and run `trl-qtarget cache` again, which makes what is missing."
                 )
 
@@ -202,6 +220,11 @@ class PriorCache:
         if self.manifest.form == "top_k":
             return torch.zeros(rows, 2 * self.manifest.k + 2, dtype=torch.int32)
         return _bits(torch.zeros(rows, self.manifest.width, dtype=getattr(torch, self.manifest.dtype)))
+
+
+def heads_in(directory: Path) -> list[Path]:
+    """Heads in the folder of a cache: one, or none yet."""
+    return sorted(directory.glob("head.*.safetensors"))
 
 
 def _bits(values: Tensor) -> Tensor:

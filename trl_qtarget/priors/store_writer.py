@@ -172,10 +172,15 @@ def _write_shard(directory: Path, unit: Unit, said: Mapping[str, Tensor]) -> Non
         "positions": torch.tensor([at for example in unit.examples for at in example.positions], dtype=torch.int32),
         **{name: value.contiguous() for name, value in said.items()},
     }
-    data = save(tensors)
-    unfinished = directory / f".{unit.name}.{uuid.uuid4().hex}"
+    write_tensors(directory, f"{unit.name}-", tensors)
+
+
+def write_tensors(directory: Path, begins: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file that is whole or not there, whose name begins so and goes on with the SHA-256 of its bytes."""
+    data = save(dict(tensors))
+    unfinished = directory / f".{begins[:-1]}.{uuid.uuid4().hex}"
     with open(unfinished, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(unfinished, directory / f"{unit.name}-{hashlib.sha256(data).hexdigest()[:16]}.safetensors")
+    os.replace(unfinished, directory / f"{begins}{hashlib.sha256(data).hexdigest()[:16]}.safetensors")

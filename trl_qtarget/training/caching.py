@@ -11,7 +11,6 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -25,8 +24,8 @@ from ..loss.read_top_k import read_top_k
 from ..loss.request import IGNORE_INDEX, PriorStates
 from ..priors.base import base_model_of
 from ..priors.record import fingerprints
-from ..priors.store import FORMS, HEAD, Manifest, key_of, tokenizer_fingerprint
-from ..priors.store_writer import SHARD_BYTES, Example, Unit, begin, is_there, units_of, write
+from ..priors.store import FORMS, Manifest, heads_in, key_of, tokenizer_fingerprint
+from ..priors.store_writer import SHARD_BYTES, Example, Unit, begin, is_there, units_of, write, write_tensors
 from .trainer import QTargetSFTTrainer
 
 
@@ -82,7 +81,7 @@ def write_cache(
             "folder, or a smaller `k`."
         )
     begin(directory, writer.manifest)
-    if form == "hidden" and not (directory / HEAD).is_file():
+    if form == "hidden" and not heads_in(directory):
         writer.save_head(directory)
     bar = tqdm(total=total, unit="label", disable=trainer.args.disable_tqdm)
     with bar:
@@ -168,11 +167,10 @@ class _Writer:
             return self.prior.states(inputs)
 
     def save_head(self, directory: Path) -> None:
-        with gathered(self._states([[0, 0]]).head()) as (head,), replacing(directory / HEAD) as file:
-            named = {"weight": head.weight, "bias": head.bias}
-            save_file(
-                {name: value.detach().cpu().contiguous() for name, value in named.items() if value is not None}, file
-            )
+        with gathered(self._states([[0, 0]]).head()) as (head,):
+            given = {"weight": head.weight, "bias": head.bias}
+            tensors = {name: it.detach().cpu().contiguous() for name, it in given.items() if it is not None}
+        write_tensors(directory, "head.", tensors)
 
     def say(self, unit: Unit, datasets: list[Dataset]) -> Mapping[str, Tensor]:
         """What the prior says of a unit's rows. Rows of about one length are asked for together."""
@@ -219,7 +217,7 @@ def _row(datasets: list[Dataset], row: int) -> Mapping[str, Any]:
 
 def _card(manifest: Manifest) -> str:
     what = (
-        "`hidden[R, H]`, the final hidden states before the head of `head.safetensors`"
+        "`hidden[R, H]`, the final hidden states before the head, which is in `head.*.safetensors`"
         if manifest.form == "hidden"
         else "`ids[R, k]` and `log_probs[R, k]`, the most probable tokens; `label_log_probs[R]`; `rest_log_mass[R]`, "
         "the log-probability of all other tokens together"
@@ -236,5 +234,5 @@ Written by `trl-qtarget cache` {manifest.package}; `manifest.json` says of which
 Every `*-*.safetensors` is a shard of examples, and a row of it one labelled token (`safetensors.torch.load_file`):
 `keys[E, 16]`, BLAKE2b-128 of an example's token ids as little-endian int64; `starts[E + 1]`, its rows are `starts[e]`
 to `starts[e + 1]`; `positions[R]`, the token's place in its example; {what}. Logarithms are natural. What is said of
-the token at a position comes from those before it. The part of a shard's name after the `-` begins its SHA-256.
+the token at a position comes from those before it. The last part of a file's name begins its SHA-256.
 """

@@ -209,10 +209,7 @@ def check_tokens(cache: PriorCache, processing_class: Any) -> None:
 def _with_places(
     dataset: Dataset | IterableDataset, args: Any, packing: bool, cache: PriorCache, name: str
 ) -> Dataset | IterableDataset:
-    """Add to every example the places of its tokens in the cache; raise where a label has none.
-
-    What comes before the first token of an example is nothing that the prior has seen, so it is no label.
-    """
+    """Add to every example the places of its tokens in the cache; raise where a label has none, but for the first."""
     kept = kept_by_truncation(args, packing)
 
     def place(example: dict[str, Any], row: int) -> dict[str, Any]:
@@ -221,7 +218,7 @@ def _with_places(
         missing = any(place < 0 and label != IGNORE_INDEX for place, label in pairs)
         if missing and streamed:
             raise ValueError(_missing(cache, f"example {row} of the {name} dataset is"))
-        return {PLACES_KEY: places, "labels": labels, "_missing": missing}
+        return {PLACES_KEY: places, "_missing": missing}
 
     streamed = isinstance(dataset, IterableDataset)
     state = PartialState()
@@ -307,11 +304,15 @@ class TokenColumnCollator(DataCollatorForLanguageModeling):
         for column, key in self.columns.keys().items():
             if column in examples[0]:
                 batch[key] = self._collate(column, examples, batch["labels"])
+        if PLACES_KEY in examples[0]:
+            places = batch[ROWS_KEY]
+            # The first token of a document, which another one precedes in a packed row: nothing is known of it.
+            batch["labels"] = batch["labels"].masked_fill(places < 0, IGNORE_INDEX)
+            batch[ROWS_KEY] = self.columns.cache.read(places)
         return batch
 
     def _collate(self, column: str, examples: list[dict[str, Any]], labels: Tensor) -> Tensor:
         dtype = torch.float32 if column == self.columns.weights else torch.long
-        is_place = column == PLACES_KEY
         rows = [torch.as_tensor(example[column], dtype=dtype) for example in examples]
         for row, example in zip(rows, examples, strict=True):
             if len(row) != len(example["input_ids"]):
@@ -322,7 +323,7 @@ class TokenColumnCollator(DataCollatorForLanguageModeling):
             if dtype.is_floating_point and not (torch.isfinite(row) & (row >= 0)).all():
                 raise ValueError(f"`{column}` has a weight that is negative, NaN or infinite: use weights >= 0.")
         rows = [torch.cat(rows)] if self.padding_free else rows
-        out = torch.full(labels.shape, -1 if is_place else 0, dtype=dtype)
+        out = torch.full(labels.shape, -1 if column == PLACES_KEY else 0, dtype=dtype)
         for index, row in enumerate(rows):
             out[index, : len(row)] = row
-        return self.columns.cache.read(out) if is_place else out
+        return out

@@ -104,6 +104,8 @@ class QTargetSFTTrainer(CheckpointMixin, SettlingMixin, SFTTrainer):
         self._policy_facts, self._ref_model = PolicyFacts.of(model, given.get("peft_config")), ref_model
         self._cache = None if prior_cache is None else PriorCache(prior_cache)
         self.prior_choice = self.prior_of(self.qtarget_config)
+        if self.prior_choice.cache is not None:
+            self.prior_choice.cache.check_sums()
         self._token_columns = _token_columns(self.qtarget_config, self.prior_choice, given)
         self._prepared: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # dataset -> whether it is packed
 
