@@ -94,6 +94,11 @@ def begin(directory: Path, manifest: Manifest) -> None:
                 f"`output_dir`: {directory} holds another cache, whose `{name}` is {getattr(found, name)!r} and not "
                 f"{getattr(manifest, name)!r}: choose another folder."
             ) from None
+    except OSError:  # a file system without hard links
+        if not (directory / MANIFEST).exists():
+            os.replace(unfinished, directory / MANIFEST)
+        elif Manifest.load(directory).identity != manifest.identity:
+            raise ValueError(f"`output_dir`: {directory} holds another cache: choose another folder.") from None
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -9,6 +9,7 @@ This is the specification, as log-probabilities `[n, V]`; `split.py` has the pol
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -39,7 +40,7 @@ class TopKPrior:
     rest_log_mass: Tensor
     tail: str = "policy"
 
-    def map(self, function) -> "TopKPrior":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "TopKPrior":
         """The same with a function applied to every tensor."""
         tensors = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "tail"}
         return replace(self, **{name: function(value) for name, value in tensors.items()})

@@ -164,7 +164,13 @@ class _Writer:
         batch = {name: value for name, value in batch.items() if name != "labels"}
         inputs = dict(self.trainer._prepare_inputs(batch), use_cache=False)
         with inference(self.trainer.model), self.trainer.accelerator.autocast():
-            return self.prior.states(inputs)
+            states = self.prior.states(inputs)
+        if states.hidden.shape[:2] != inputs["input_ids"].shape:
+            raise ValueError(
+                "`peft_config` puts virtual tokens before the text, which a cache has no place for: cache the base "
+                "(`prior: base`), or a `ref_model`."
+            )
+        return states
 
     def save_head(self, directory: Path) -> None:
         with gathered(self._states([[0, 0]]).head()) as (head,):
