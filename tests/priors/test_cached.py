@@ -80,6 +80,7 @@ def check_same(config, cache, options=None, tolerance=1e-5, dataset=None):
         ("asft", {"padding_free": True, "max_length": None}),
         ("iw_sft", {"packing": True, "packing_strategy": "bfd", "max_length": 30}),
         ("psft", {"dataloader_num_workers": 1}),
+        ("adaptive_sft", {"max_steps": 1}),
     ],
 )
 def test_train_from_a_cache_is_training_with_the_model(caches, form, method, options):

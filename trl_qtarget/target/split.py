@@ -9,7 +9,7 @@ softmax is the shape.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .embeddings import Embeddings
+from .measured import AUTO
 from .objective import Objective
 from .tile import Measure, Tile, floor_of, log_softmax_, mixed
 from .token_target import parts_of
@@ -218,6 +219,8 @@ def plan_of(objective: Objective) -> TopKPlan:
     Raises:
         ValueError: it needs more than such a prior knows: another temperature, or statistics of the whole prior.
     """
+    # One that is yet to be measured may be any number: it says how much, and not what is asked of the prior.
+    objective = replace(objective, knobs={name: 1.0 if it == AUTO else it for name, it in objective.knobs.items()})
     # Two objectives of the same functions and knobs may differ in their progress alone.
     key = tuple(design.function for design in objective.designs), tuple(sorted(objective.knobs.items()))
     if key not in _plans:
