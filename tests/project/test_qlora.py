@@ -187,6 +187,7 @@ def test_a_top_k_prior_takes_what_a_method_without_a_prior_does():
     known = torch.randn(N, V).log_softmax(-1).topk(k)
     numbers = known.values[:, 0].clone()
     prior = TopKPrior(known.indices, known.values, numbers, numbers)
+    linear_qtarget_loss(hidden, weight, labels, "target_sft", prior_top_k=prior)  # what is made once a process
     with blocks_of_cuda(), TensorMemory() as tensors:
         linear_qtarget_loss(hidden, weight, labels, "target_sft", prior_top_k=prior)
     assert tensors.peak / (N * V * 4) == pytest.approx(memory.LOSS_BUFFERS["dft"], rel=0.04)
