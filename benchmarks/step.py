@@ -7,7 +7,8 @@ alternate between the trainers. A step runs from `on_step_begin` to `on_step_end
 clipping, AdamW; fetching the batch is outside. The first step of every call is not counted.
 
 `qtarget/target_sft` takes its prior from where the trainer finds one: the base weights under the adapters or, in full
-fine-tuning, the policy itself. `qtarget/target_sft+reference` is given a reference model of the same sizes and format.
+fine-tuning, the policy itself. `qtarget/target_sft+reference` is given a reference model of the same sizes and format;
+`qtarget/target_sft+cache` reads what the base has said from a cache of the form `top_k`, k = 64, made before.
 TRL has no Target-SFT: the `trl_ratio` of both compares them with TRL's NLL, so it also holds the price of the forward
 pass of their prior.
 
@@ -39,7 +40,8 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from trl_qtarget import QTargetSFTTrainer
+from trl_qtarget import QTargetConfig, QTargetSFTTrainer
+from trl_qtarget.training.caching import write_cache
 
 from .budget import Budget, rounds
 from .common import (
@@ -60,11 +62,13 @@ from .models import MODELS
 _COUNTERPARTS = {
     "qtarget/target_sft": "trl/nll",
     "qtarget/target_sft+reference": "trl/nll",
+    "qtarget/target_sft+cache": "trl/nll",
     "qtarget/dft": "trl/dft",
     "trl/dft": None,
     "trl/nll": None,
 }
-_REFERENCE = "+reference"
+_REFERENCE, _CACHE = "+reference", "+cache"
+_CACHED_TOKENS = 64
 MODES = ("full", "lora", "qlora")
 _LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
@@ -122,7 +126,7 @@ def _dataset(arguments: argparse.Namespace) -> Dataset:
 
 def build(name: str, mode: str, directory: str, arguments: argparse.Namespace) -> tuple[SFTTrainer, StepTimer]:
     """A trainer by the name of its provider, with a timer among its callbacks."""
-    package, method = name.removesuffix(_REFERENCE).split("/")
+    package, method = name.removesuffix(_REFERENCE).removesuffix(_CACHE).split("/")
     config = SFTConfig(
         output_dir=directory,
         per_device_train_batch_size=arguments.batch,
@@ -151,6 +155,8 @@ def build(name: str, mode: str, directory: str, arguments: argparse.Namespace) -
         trainer_class, target = QTargetSFTTrainer, {"qtarget_config": method}
     if name.endswith(_REFERENCE):
         target["ref_model"] = _model(mode, directory, arguments)
+    if name.endswith(_CACHE):
+        target["prior_cache"] = str(_cache(mode, directory, config, lora, arguments))
     trainer = trainer_class(
         _model(mode, directory, arguments),
         config,
@@ -163,6 +169,24 @@ def build(name: str, mode: str, directory: str, arguments: argparse.Namespace) -
     timer = StepTimer(arguments.device)
     trainer.add_callback(timer)
     return trainer, timer
+
+
+def _cache(
+    mode: str, directory: str, config: SFTConfig, lora: LoraConfig | None, arguments: argparse.Namespace
+) -> Path:
+    """A cache of what the model says before it is trained."""
+    folder = Path(directory) / f"cache-{mode}"
+    frozen = "start" if lora is None else "base"
+    trainer = QTargetSFTTrainer(
+        _model(mode, directory, arguments),
+        config,
+        train_dataset=_dataset(arguments),
+        processing_class=_tokenizer(),
+        peft_config=lora,
+        qtarget_config=QTargetConfig(method=None, trust="zero", residual="prior", prior=frozen),
+    )
+    write_cache(trainer, folder, "top_k", min(_CACHED_TOKENS, MODELS[arguments.model]["vocab_size"]))
+    return folder
 
 
 def missing(mode: str) -> str | None:

@@ -25,6 +25,9 @@ CHUNK_BYTES = 1 << 29
 BLOCK_ELEMENTS = 1 << 24  # of these, what it works on at a time on a GPU
 NF4_BLOCK, SCALE_BLOCK = 64, 256  # weights per scale, and scales per scale of scales
 STATE_BLOCK, SMALLEST_STATE = 256, 4096  # 8-bit AdamW: elements per scale; smaller parameters keep float32 states
+# Bytes of a known token in a batch and in the loss: id and number, int32 and float32, as they come, moved by one
+# position, and of the scored tokens, there with 64-bit ids too.
+CACHED = 8 + 8 + 4 + 8 + 8
 MASK, TEACHER = "attention mask (sdpa, packed rows)", "the teacher, NF4"
 
 # Float32 buffers that the fused loss holds at its peak: of a chunk the logits of the policy and of the prior, and of a
@@ -126,12 +129,21 @@ def layer_bytes(shapes: Shapes, tokens: int, rank: int) -> int:
 
 
 def loss_bytes(
-    shapes: Shapes, tokens: int, method: str, prior: Shapes | None, chunk_tokens: int | None
+    shapes: Shapes,
+    tokens: int,
+    method: str,
+    prior: Shapes | None,
+    chunk_tokens: int | None,
+    cached_k: int | None = None,
 ) -> dict[str, int]:
     """The loss at its peak: logits of a chunk, what is made of a block, and what has the size of the hidden states.
 
-    The prior's logits have the policy's rows, whatever number of them its own head has.
+    The prior's logits have the policy's rows, whatever number of them its own head has. With a prior of which a cache
+    has the `cached_k` most probable tokens it is the loss of a method without a prior.
     """
+    rows = 0
+    if prior is not None and cached_k is not None:
+        rows, prior, method = CACHED * cached_k * tokens, None, "dft"
     chunks = 1 if prior is None else 2
     most = min(chunk_tokens or CHUNK_BYTES // (chunks * FLOAT * shapes.vocabulary), tokens)
     chunk = -(-tokens // -(-tokens // most))
@@ -145,6 +157,7 @@ def loss_bytes(
         * FLOAT,
         "hidden states, their gradient, last norm": hidden * (2 * HALF + FLOAT + FLOAT),
         "the prior's hidden states": 0 if prior is None else 2 * HALF * tokens * prior.hidden,
+        "what the cache says of the prior": rows,
     }
 
 
@@ -189,10 +202,12 @@ def account(
     method: str = "target_sft",
     chunk_tokens: int | None = None,
     teacher: PretrainedConfig | None = None,
+    cached_k: int | None = None,
 ) -> Account:
     """The account of `examples/qlora.py`; `tokens` is the batch size times the length of a row.
 
     A `teacher` is one of other sizes; without it, what a method needs one for is accounted with the policy's own.
+    `cached_k`: of a `prior_cache` of the form `top_k`, in the place of either.
     """
     shapes = Shapes.of(config)
     choice = prior_of(method, teacher is not None)
@@ -206,7 +221,7 @@ def account(
         steady=weights | adapter_bytes(shapes, rank) | {MASK: tokens**2} | beside,
         checkpoints=HALF * shapes.layers * tokens * shapes.hidden,
         layer=layer_bytes(shapes, tokens, rank),
-        loss=loss_bytes(shapes, tokens, method, prior, chunk_tokens),
+        loss=loss_bytes(shapes, tokens, method, prior, chunk_tokens, cached_k),
         teacher=of_teacher,
         dense=DENSE_BUFFERS[method] * tokens * shapes.vocabulary * FLOAT,
     )
@@ -222,13 +237,14 @@ def main() -> None:
     parser.add_argument("--lora_rank", type=int, default=16, help="Rank of the adapters.")
     parser.add_argument("--method", choices=list(METHODS), default="target_sft", help="Published objective.")
     parser.add_argument("--chunk_tokens", type=int, help="Tokens that the loss scores at a time. None: 64 Mi logits.")
+    parser.add_argument("--cached_k", type=int, help="k of a `prior_cache` of the form 'top_k'. None: a live prior.")
     arguments = parser.parse_args()
     config, teacher = (
         name and AutoConfig.from_pretrained(Path(name) if Path(name).exists() else name)
         for name in (arguments.model, arguments.ref_model)
     )
     choices = (arguments.tokens, arguments.lora_rank, arguments.method, arguments.chunk_tokens, teacher)
-    for name, size in account(config, *choices).lines():
+    for name, size in account(config, *choices, arguments.cached_k).lines():
         print(f"{name:<62}{size / 1e9:>9.3f} GB")
 
 

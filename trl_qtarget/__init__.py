@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .target.registry import AtLeastTwo, Count, Exponent, NonNegative, Positive, Range, Unit
     from .target.residual import register_residual
     from .target.tile import LabelStatistics, Measure, Tile, floor_of
+    from .target.top_k import TopKPrior
     from .target.trust import register_trust
     from .training.checkpoints import last_whole_checkpoint
     from .training.trainer import QTargetSFTTrainer
@@ -42,6 +43,7 @@ _HOMES = {
     "target.registry": ("AtLeastTwo", "Count", "Exponent", "NonNegative", "Positive", "Range", "Unit"),
     "target.residual": ("register_residual",),
     "target.tile": ("LabelStatistics", "Measure", "Tile", "floor_of"),
+    "target.top_k": ("TopKPrior",),
     "target.trust": ("register_trust",),
     "training.checkpoints": ("last_whole_checkpoint",),
     "training.trainer": ("QTargetSFTTrainer",),
@@ -67,6 +69,7 @@ __all__ = [
     "Range",
     "Target",
     "Tile",
+    "TopKPrior",
     "Unit",
     "__version__",
     "build_target",

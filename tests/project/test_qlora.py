@@ -23,7 +23,7 @@ from training import check_equals_dense, trainable, worst
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.qlora import TensorMemory, blocks_of_cuda, measure, stored_bytes
-from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss
+from trl_qtarget import METHODS, QTargetConfig, TopKPrior, linear_qtarget_loss
 from trl_qtarget.loss import chunks
 from trl_qtarget.loss.kernels import plain
 from trl_qtarget.priors.own import OwnPrior
@@ -179,6 +179,22 @@ def test_buffers_of_the_loss(method):
     N, V = 128, 4096
     peak, _ = peak_of_the_loss(method, N, V)
     assert peak / (N * V * 4) == pytest.approx(memory.LOSS_BUFFERS[method], rel=0.02)
+
+
+def test_a_top_k_prior_takes_what_a_method_without_a_prior_does():
+    N, V, H, k = 128, 4096, 16, 8
+    hidden, weight, labels = torch.randn(N, H, requires_grad=True), torch.randn(V, H), torch.randint(0, V, (N,))
+    known = torch.randn(N, V).log_softmax(-1).topk(k)
+    numbers = known.values[:, 0].clone()
+    prior = TopKPrior(known.indices, known.values, numbers, numbers)
+    linear_qtarget_loss(hidden, weight, labels, "target_sft", prior_top_k=prior)  # what is made once a process
+    with blocks_of_cuda(), TensorMemory() as tensors:
+        linear_qtarget_loss(hidden, weight, labels, "target_sft", prior_top_k=prior)
+    assert tensors.peak / (N * V * 4) == pytest.approx(memory.LOSS_BUFFERS["dft"], rel=0.04)
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, vocab_size=V)
+    cached, live = (sum(memory.account(config, 512, cached_k=k).loss.values()) for k in (k, None))
+    without = sum(memory.account(config, 512, method="dft").loss.values())
+    assert cached == without + memory.CACHED * k * 512 < live
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -26,6 +26,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PrinterCallback, Tra
 
 from trl_qtarget import QTargetConfig, QTargetSFTTrainer
 from trl_qtarget.priors.shards import gather, in_zero3, share
+from trl_qtarget.training.caching import write_cache
 
 
 GLOBAL_BATCH = 4
@@ -57,7 +58,8 @@ class Cell:
     and `reference` name the formats of `quantized.FORMATS` and are empty for unquantised models. `stranger` makes the
     policy a `Stranger`, `adalora` the adapter one that adds to the loss. `beside` is a part of the names of what is
     trained beside LoRA. `loaded`: the script loads the policy, which ZeRO-3 shards then. `other_class` makes the
-    reference a mixture of experts.
+    reference a mixture of experts. `cache`: its form, and then what the reference says is read from a cache, which
+    `save_cache` has made; its truth is the reference itself.
     """
 
     method: str
@@ -74,6 +76,7 @@ class Cell:
     adalora: bool = False
     beside: str = ""
     loaded: bool = False
+    cache: str = ""
 
     def __str__(self) -> str:
         kind = "-lora" if self.peft else ""
@@ -143,6 +146,21 @@ def save_models(folder: Path) -> None:
             model.save_pretrained(folder / name)
 
 
+def save_cache(folder: Path, form: str) -> None:
+    """What the reference model says of `rows`, all of it, beside the results of a job."""
+    asked = QTargetConfig(method=None, trust="zero", residual="prior")
+    args = sft_config(str(folder / "unused"), max_length=None)
+    trainer = QTargetSFTTrainer(
+        warm_model(),
+        args,
+        train_dataset=rows(),
+        processing_class=tiny.tokenizer(),
+        qtarget_config=asked,
+        ref_model=warm_model(steps=12),
+    )
+    write_cache(trainer, folder / f"cache-{form}", form, len(tiny.tokenizer()))
+
+
 def make(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOrder) -> QTargetSFTTrainer:
     """The trainer of a cell; one process gets the rows that more would repeat."""
     peft = None
@@ -176,7 +194,8 @@ def make(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOr
         eval_dataset=rows(_REPEATED),
         processing_class=tiny.tokenizer(),
         qtarget_config=config,
-        ref_model=reference,
+        ref_model=None if cell.cache else reference,
+        prior_cache=str(Path(output_dir).parent / f"cache-{cell.cache}") if cell.cache else None,
         peft_config=peft,
     )
     trainer.remove_callback(PrinterCallback)

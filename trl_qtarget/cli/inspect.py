@@ -118,6 +118,8 @@ def main(arguments: Sequence[str]) -> int:
     check_known(left, [], parser._option_string_actions)
     if left:
         raise ValueError(f"`{left[0]}` belongs to no option: remove it.")
+    if reference.prior_cache is not None:
+        raise ValueError("`prior_cache` is read in training alone: name the model, with `ref_model_name_or_path`.")
     if model.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is missing: name the model to inspect.")
     check_extras(model, reference)

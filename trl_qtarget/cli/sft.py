@@ -32,6 +32,7 @@ from ..priors.choice import PolicyFacts, choose_prior
 from ..priors.loading import reference_options
 from ..priors.reference import load_model
 from ..priors.resolved import ResolvedTarget
+from ..priors.store import PriorCache
 from ..target.config import QTargetConfig
 from ..training.checkpoints import check_checkpoint, last_whole_checkpoint
 from ..training.resolve import resolve_config
@@ -52,7 +53,7 @@ FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "cs
 
 @dataclass
 class ReferenceArguments:
-    """A reference model or teacher, and how to load it."""
+    """A reference model or teacher and how to load it, or what one has said before."""
 
     ref_model_name_or_path: str | None = field(
         default=None,
@@ -76,6 +77,11 @@ class ReferenceArguments:
         metadata={"help": "Run code of the reference model's repository. The policy's `trust_remote_code` does not."},
     )
 
+    prior_cache: str | None = field(
+        default=None,
+        metadata={"help": "In place of a reference model: a folder that `trl-qtarget cache` has written."},
+    )
+
     def __post_init__(self):
         for item in fields(self):
             value, switch = getattr(self, item.name), isinstance(item.default, bool)
@@ -85,6 +91,7 @@ class ReferenceArguments:
         if self.ref_load_in_4bit and self.ref_load_in_8bit:
             raise ValueError("`ref_load_in_4bit` and `ref_load_in_8bit` exclude each other: set one of them.")
         given = [name for name in vars(self) if getattr(self, name) != type(self).__dataclass_fields__[name].default]
+        given = [name for name in given if name != "prior_cache"]
         if given and self.ref_model_name_or_path is None:
             raise ValueError(
                 f"`{given[0]}` says how to load a reference model: name it with `ref_model_name_or_path`."
@@ -207,6 +214,7 @@ def make_trainer(
         peft_config=get_peft_config(model),
         qtarget_config=config,
         ref_model=load_reference(reference, training),
+        prior_cache=reference.prior_cache,
     )
 
 
@@ -233,7 +241,8 @@ def resolved_target(config: QTargetConfig, model: ModelConfig, reference: Refere
         ValueError: the target cannot have its prior.
     """
     policy = PolicyFacts.of(model.model_name_or_path or "", get_peft_config(model))
-    return ResolvedTarget.of(config, choose_prior(config, policy, reference.ref_model_name_or_path))
+    cache = None if reference.prior_cache is None else PriorCache(reference.prior_cache)
+    return ResolvedTarget.of(config, choose_prior(config, policy, reference.ref_model_name_or_path, cache))
 
 
 def checkpoint_of(training: SFTConfig, target: ResolvedTarget, allow_new_target: bool = False) -> str | None:

@@ -6,6 +6,7 @@ tokens. So a compiler, driver or device that gets them wrong costs one warning a
 
 import importlib.util
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from ..gemm import Head, mixed_gemm_supported, operand_dtype
 from ..target.objective import Objective
+from ..target.top_k import TopKPrior
 from .chunks import Batch, Kernel
 from .kernels.plain import PlainKernel
+from .kernels.top_k import TopKKernel
 
 
 logger = logging.getLogger(__name__)
@@ -50,19 +53,25 @@ def check_kernel(name: str, device: torch.device) -> None:
 
 def make_kernel(name: str, batch: "dict[str, Any]") -> Kernel:
     """The kernel for a batch, given as the arguments of `Batch`: `"torch"`, `"triton"`, or the best that is right."""
-    objective, device = batch["objective"], batch["hidden"].device
+    device = batch["hidden"].device
     check_kernel(name, device)
     if name == "triton":
-        return _folding(objective)
+        return _kernel(_folding, batch)
     if name == "auto" and _at_home(device) and _agrees(batch):
-        return _folding(objective)
-    return PlainKernel(objective)
+        return _kernel(_folding, batch)
+    return _kernel(PlainKernel, batch)
 
 
 def _folding(objective: Objective) -> Kernel:
     from .kernels.folded import FoldingKernel
 
     return FoldingKernel(objective)
+
+
+def _kernel(make: Callable[[Objective], Kernel], batch: dict[str, Any]) -> Kernel:
+    """The kernel for a batch, inside of the one that reads a top-k prior where it has such a prior."""
+    objective, top_k = batch["objective"], batch.get("top_k")
+    return make(objective) if top_k is None else TopKKernel(make, objective, top_k, batch["head"].weight.size(0))
 
 
 @cache
@@ -88,9 +97,11 @@ def _agrees(batch: dict[str, Any]) -> bool:
     key = (hidden.device, operand_dtype(hidden, head.weight), _is_aligned(head))
     key = (*key, *(design.name for design in objective.designs), knobs, objective.uses_prior, head.logit_softcap)
     key = (*key, prior is not None and _is_smaller(prior, head))
+    top_k = batch.get("top_k")
+    key = (*key, top_k and top_k.tail)
     if key not in _agreed:
         try:
-            difference = disagreement(batch, _folding(objective))
+            difference = disagreement(batch, _folding)
         except Exception as error:  # a compiler may fail in any way
             difference = f"{type(error).__name__}: {error}"
         _agreed[key] = difference is None
@@ -107,13 +118,12 @@ def _warn(difference: str) -> None:
 
 
 @torch.no_grad()
-def disagreement(batch: dict[str, Any], kernel: Kernel) -> str | None:
+def disagreement(batch: dict[str, Any], make: Callable[[Objective], Kernel]) -> str | None:
     """What a kernel computes otherwise than the plain one on a small batch like the given one; None if nothing."""
     small = _small(batch)
-    operands = Batch(**small, kernel=kernel).operands
     results = []
-    for each in (PlainKernel(batch["objective"]), kernel):
-        tried = Batch(**small, kernel=each)
+    for each in (PlainKernel, make):
+        tried = Batch(**small, kernel=_kernel(each, small))
         with torch.autocast(small["hidden"].device.type, enabled=False):
             inverse = torch.full((), 1 / _TOKENS, dtype=tried.dtype, device=small["hidden"].device)
             results.append(tried.run(inverse, True, True, small["head"].bias is not None))
@@ -121,7 +131,7 @@ def disagreement(batch: dict[str, Any], kernel: Kernel) -> str | None:
     for name, value in statistics.items():
         if not torch.allclose(other_statistics[name], value, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True):
             return f"they disagree in `{name}`."
-    rounded = any(mixed_gemm_supported(product, operands, gradients[0]) for product in ("mm", "addmm"))
+    rounded = any(mixed_gemm_supported(product, tried.operands, gradients[0]) for product in ("mm", "addmm"))
     for name, value, other in zip(("hidden", "weight", "bias"), gradients, other_gradients, strict=True):
         tolerance = _ROUNDED_TOLERANCE if rounded else _TOLERANCE
         if value is not None and not (other - value).norm() <= tolerance * value.norm():
@@ -157,6 +167,13 @@ def _small(batch: dict[str, Any]) -> dict[str, Any]:
     def if_given(name: str, made: Tensor) -> Tensor | None:
         return None if batch[name] is None else made
 
+    def small_top_k(given: TopKPrior) -> TopKPrior:
+        k = min(8, given.ids.size(1))
+        ids = torch.rand(_TOKENS, vocabulary, generator=generator, device=hidden.device).argsort(dim=1)[:, :k]
+        ids[0, 0] = labels[0]
+        events = normal(_TOKENS, k + 1, like=given.log_probs).log_softmax(-1)
+        return TopKPrior(ids, events[:, :-1], events[:, 0], events[:, -1], given.tail)
+
     policy = small_head(head)
     labels = torch.randint(vocabulary, (_TOKENS,), generator=generator, device=hidden.device)
     # Some labels that are probable, or every trust would be about zero.
@@ -174,4 +191,5 @@ def _small(batch: dict[str, Any]) -> dict[str, Any]:
         "sequence_ids": if_given("sequence_ids", torch.arange(_TOKENS, device=hidden.device) // 5),
         "chunk_tokens": _TOKENS // 2,
         "observer": None,
+        "top_k": None if batch.get("top_k") is None else small_top_k(batch["top_k"]),
     }

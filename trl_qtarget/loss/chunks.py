@@ -3,7 +3,7 @@
 Tokens are scored in chunks. While a chunk's logits are at hand, every statistic, the loss and the gradient
 `s (p - Q)/num_items` are computed, the gradient over the logits in place, and multiplied back into the gradients of
 the hidden states and of the head. So nothing is projected twice: 3 products of size N·V·H (2 with a frozen head), and
-one more with a prior.
+one more with a prior, but for a top-k prior.
 """
 
 import math
@@ -21,6 +21,7 @@ from ..target.embeddings import Embeddings
 from ..target.objective import Objective
 from ..target.tile import LabelStatistics, Tile
 from ..target.token_target import TokenTarget
+from ..target.top_k import TopKPrior
 from .zeros import ZeroSearch
 
 
@@ -56,7 +57,10 @@ def _cuda_chunk_bytes(device: torch.device) -> int:
 
 
 class Kernel(Protocol):
-    """What is done with logits between two products: `PlainKernel`, or `FoldingKernel` on a GPU."""
+    """What is done with logits between two products: `PlainKernel`, or `FoldingKernel` on a GPU.
+
+    `TopKKernel`, around one of them, takes rows of a top-k prior in the place of the prior's logits.
+    """
 
     name: str
 
@@ -70,7 +74,7 @@ class Kernel(Protocol):
         self,
         logits: Tensor,
         labels: Tensor,
-        prior_logits: Tensor | None,
+        prior: Tensor | TopKPrior | None,
         token_weights: Tensor | None,
         embeddings: Embeddings,
     ) -> Tile: ...
@@ -95,6 +99,7 @@ class Batch:
     chunk_tokens: int | None
     kernel: Kernel
     observer: Callable[[slice, TokenTarget], None] | None = None
+    top_k: TopKPrior | None = None
 
     def __post_init__(self):
         # Autocast is read here, before it is switched off for the loop.
@@ -111,7 +116,8 @@ class Batch:
             is_same = weight.is_set_to(self.head.weight) and self.prior_operands == self.operands
             self.prior_weight = self.weight if is_same else gemm.narrowed(weight, self.prior_operands)
         self.embeddings = Embeddings(self.head.weight, self.labels)
-        elements = chunk_elements(self.hidden.device, self.dtype, 1 + (self.prior_head is not None))
+        two = self.prior_head is not None or (self.top_k is not None and self.kernel.writes_prior)
+        elements = chunk_elements(self.hidden.device, self.dtype, 1 + two)
         most = min(self.chunk_tokens or max(1, elements // vocabulary), tokens)
         chunks = -(-tokens // most)
         self.chunk = -(-tokens // chunks)  # equal chunks: a small last one would waste the speed of its products
@@ -119,6 +125,8 @@ class Batch:
         shape = (self.chunk, vocabulary)
         self.logits = torch.empty(shape, dtype=self.dtype, device=self.hidden.device)
         self.prior_logits = torch.empty_like(self.logits) if self.prior_head is not None else None
+        if self.top_k is not None:
+            self.top_k = self.top_k.like(self.logits)
 
     def run(
         self, inverse_count: Tensor, hidden_grad: bool, weight_grad: bool, bias_grad: bool
@@ -212,19 +220,24 @@ class Batch:
         for start in range(chunk.start, chunk.stop, self.block):
             yield slice(start, min(start + self.block, chunk.stop))
 
+    @property
+    def _has_prior(self) -> bool:
+        return self.prior_head is not None or self.top_k is not None
+
     def _tile(self, block: slice, logits: Tensor, prior_logits: Tensor | None) -> Tile:
         weights = None if self.token_weights is None else self.token_weights[block]
-        return self.kernel.tile(logits, self.labels[block], prior_logits, weights, self.embeddings)
+        prior = prior_logits if self.top_k is None else self.top_k[block]
+        return self.kernel.tile(logits, self.labels[block], prior, weights, self.embeddings)
 
     def _sequence_trust(self) -> Tensor:
         """γ `[N]` of a trust that needs whole sequences, from one extra pass over the logits."""
         policy, prior = self.logits.new_empty(len(self.labels)), None
-        if self.prior_head is not None:
+        if self._has_prior:
             prior = torch.empty_like(policy)
         for chunk, logits, prior_logits in self._project():
             for block in self._blocks(chunk):
                 local = slice(block.start - chunk.start, block.stop - chunk.start)
-                tile = self._tile(block, logits[local], None if prior is None else prior_logits[local])
+                tile = self._tile(block, logits[local], None if prior_logits is None else prior_logits[local])
                 policy[block] = tile.label_log_probs
                 if prior is not None:
                     prior[block] = tile.prior_label_log_probs
@@ -239,4 +252,7 @@ class Batch:
         statistics["kl"][block] = target.kl
         statistics["entropy"][block] = target.tile.policy.entropy
         statistics["is_top1"][block] = target.tile.is_top1.to(self.dtype)
-        statistics["prior_is_top1"][block] = math.nan if self.prior_head is None else target.tile.prior_is_top1
+        if self.top_k is not None:
+            statistics["prior_is_top1"][block] = self.top_k[block].is_top1(self.labels[block]).to(self.dtype)
+        else:
+            statistics["prior_is_top1"][block] = math.nan if self.prior_head is None else target.tile.prior_is_top1

@@ -36,6 +36,7 @@ from .request import (
     QTargetOutput,
     Sealed,
     TargetRequest,
+    TopKStates,
     next_token,
 )
 
@@ -143,7 +144,7 @@ def _next_tokens(
 def _target_loss(
     head: ModelHead,
     hidden: Tensor,
-    prior: PriorStates | None,
+    prior: PriorStates | TopKStates | None,
     request: TargetRequest,
     next_tokens: NextTokens,
     num_items_in_batch: Tensor | int | None,
@@ -154,21 +155,26 @@ def _target_loss(
             f"The model has {list(hidden.shape[:2])} positions and there are {len(next_tokens.labels)} labels: pass "
             "labels of the shape of `input_ids`."
         )
-    if prior is not None and prior.hidden.size(1) < length:
+    if prior is not None and prior.length < length:
         # The prior has no virtual token to predict the first real one from, so nothing is asked of it there.
         labels = next_tokens.labels.clone()
-        labels.view(-1, length)[:, : length - prior.hidden.size(1)] = IGNORE_INDEX
+        labels.view(-1, length)[:, : length - prior.length] = IGNORE_INDEX
         next_tokens = NextTokens.shifted(labels)
 
     def per_token(values: Tensor | None) -> Tensor | None:
         return None if values is None else next_token(_right_align(values, length)).to(device)
 
+    def of_prior(values: Tensor) -> Tensor:
+        return _right_align(values, length).flatten(0, 1).to(device)
+
     # To `device`: a model split over devices may end on another one than its head.
     hidden = hidden.flatten(0, 1).to(device)
-    prior_hidden = None
-    if prior is not None:
-        prior_hidden = _right_align(prior.hidden, length).flatten(0, 1).to(device)
-    with gathered(head, prior and prior.head(), device=device) as (head, prior_head):
+    prior_hidden = prior_top_k = sharded_head = None
+    if isinstance(prior, TopKStates):
+        prior_top_k = prior.prior.map(of_prior)
+    elif prior is not None:
+        prior_hidden, sharded_head = of_prior(prior.hidden), prior.head()
+    with gathered(head, sharded_head, device=device) as (head, prior_head):
         of_batch = {
             "token_weights": per_token(request.token_weights),
             "sequence_ids": per_token(request.sequence_ids),
@@ -181,10 +187,10 @@ def _target_loss(
         tokens = (hidden, head, next_tokens.labels.to(device))
 
         def loss(objective: Objective, observer: Observer | None, policy_prior: bool = False) -> LinearQTargetOutput:
-            states, of_prior = (hidden, head) if policy_prior else (prior_hidden, prior_head)
-            return fused_loss(
-                objective, *tokens, prior_hidden=states, prior_head=of_prior, observer=observer, **of_batch
-            )
+            of_prior = {"prior_hidden": prior_hidden, "prior_head": prior_head, "prior_top_k": prior_top_k}
+            if policy_prior:
+                of_prior = {"prior_hidden": hidden, "prior_head": head}
+            return fused_loss(objective, *tokens, **of_prior, observer=observer, **of_batch)
 
         output = loss(request.objective, request.observer)
         with torch.no_grad():

@@ -24,6 +24,7 @@ from ..target.checks import (
 from ..target.config import QTargetConfig
 from ..target.objective import Objective
 from ..target.token_target import TokenTarget
+from ..target.top_k import TopKPrior, check_top_k
 from .choice import make_kernel
 from .chunks import Batch
 
@@ -117,6 +118,7 @@ def linear_qtarget_loss(
     prior_hidden: Tensor | None = None,
     prior_weight: Tensor | None = None,
     prior_bias: Tensor | None = None,
+    prior_top_k: TopKPrior | None = None,
     token_weights: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
@@ -139,6 +141,8 @@ def linear_qtarget_loss(
             may differ. Without them `target_sft` and free combinations use the policy itself; every other method with
             a prior raises. A prior of more or fewer tokens is conditioned on the first `min(V, V')`, which both have,
             as in [`build_target`][trl_qtarget.build_target]; no head is copied for it.
+        prior_top_k: in their place, the `K` most probable tokens of the prior: no product with its head, and, where
+            the tail is the policy's, no second buffer of logits.
         token_weights: `[N]`, weights of the trust `token_weights`.
         sequence_ids: `[N]`, which document a token belongs to, for per-sequence trusts; None means one sequence.
         num_items_in_batch: what the summed loss is divided by; None means the number of labelled tokens here.
@@ -162,7 +166,10 @@ def linear_qtarget_loss(
         raise ValueError("`prior_hidden` and `prior_weight` belong together: pass both or none.")
     if prior_bias is not None and prior_hidden is None:
         raise ValueError("`prior_bias` is a bias without a head: pass `prior_hidden` and `prior_weight` with it.")
-    objective = replace(config.objective(has_prior=prior_hidden is not None), progress=check_progress(progress))
+    if prior_top_k is not None and prior_hidden is not None:
+        raise ValueError("`prior_top_k` and `prior_hidden` are two priors: pass one of them.")
+    has_prior = prior_hidden is not None or prior_top_k is not None
+    objective = replace(config.objective(has_prior=has_prior), progress=check_progress(progress))
     labels, _ = check_labels(labels, hidden.size(0), weight.size(0), ignore_index)
     check_token_weights(token_weights, len(labels), objective)
     check_per_token("sequence_ids", sequence_ids, len(labels))
@@ -174,6 +181,8 @@ def linear_qtarget_loss(
         if prior_hidden.size(0) != hidden.size(0):
             raise ValueError(f"`prior_hidden` must have one row per row of `hidden`, got {list(prior_hidden.shape)}.")
         prior_head = Head(prior_weight, prior_bias, prior_logit_scale, prior_logit_softcap)
+    if prior_top_k is not None:
+        check_top_k(prior_top_k, len(labels), weight.size(0))
     return fused_loss(
         objective,
         hidden,
@@ -181,6 +190,7 @@ def linear_qtarget_loss(
         labels,
         prior_hidden=prior_hidden,
         prior_head=prior_head,
+        prior_top_k=prior_top_k,
         token_weights=token_weights,
         sequence_ids=sequence_ids,
         num_items_in_batch=num_items_in_batch,
@@ -200,6 +210,7 @@ def fused_loss(
     *,
     prior_hidden: Tensor | None = None,
     prior_head: Head | None = None,
+    prior_top_k: TopKPrior | None = None,
     token_weights: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
@@ -230,8 +241,9 @@ def fused_loss(
         "head": head.detach(),
         "hidden": rows(hidden),
         "labels": labels[index],
-        "prior_head": prior_head.detach() if objective.uses_prior else None,
-        "prior_hidden": rows(prior_hidden) if objective.uses_prior else None,
+        "prior_head": prior_head.detach() if objective.uses_prior and prior_top_k is None else None,
+        "prior_hidden": rows(prior_hidden) if objective.uses_prior and prior_top_k is None else None,
+        "top_k": prior_top_k[index] if objective.uses_prior and prior_top_k is not None else None,
         "token_weights": rows(token_weights),
         "sequence_ids": rows(sequence_ids),
         "chunk_tokens": chunk_tokens,

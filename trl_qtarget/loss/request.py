@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 from ..gemm import Head
 from ..target.checks import check_labels_inside
 from ..target.objective import Objective
+from ..target.top_k import TopKPrior
 from .linear import LinearQTargetOutput, Observer
 
 
@@ -31,6 +32,23 @@ class PriorStates:
 
     hidden: Tensor
     head: Callable[[], Head]
+
+    @property
+    def length(self) -> int:
+        """How many positions of a row it speaks of: T."""
+        return self.hidden.size(1)
+
+
+@dataclass
+class TopKStates:
+    """What a prior says about a batch in another way: a top-k prior of every position, its tensors `[B, T, ...]`."""
+
+    prior: TopKPrior
+
+    @property
+    def length(self) -> int:
+        """How many positions of a row it speaks of: T."""
+        return self.prior.ids.size(1)
 
 
 @dataclass
@@ -80,7 +98,7 @@ class TargetRequest:
     """
 
     objective: Objective
-    prior: Callable[[], PriorStates] | None = None
+    prior: Callable[[], PriorStates | TopKStates] | None = None
     token_weights: Tensor | None = None
     sequence_ids: Tensor | None = None
     chunk_tokens: int | None = None

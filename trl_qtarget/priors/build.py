@@ -9,12 +9,14 @@ from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from .base import Prior, base_model_of
+from .cached import CachedPrior
 from .choice import PriorChoice, PriorKind
 from .fit import check_kind, check_separate
 from .own import OwnPrior
 from .reference import ModelPrior, freeze, load_reference
-from .shards import in_zero3
+from .shards import in_zero3, whole_shape
 from .starting_copy import StartingCopyPrior, starting_copy
+from .store import PriorCache
 from .tokens import ReadableIds, check_tokens
 
 
@@ -25,6 +27,7 @@ def build_prior(
     args: SFTConfig,
     accelerator: Accelerator,
     processing_class: Any,
+    tail: str | None = None,
 ) -> Prior | None:
     """The prior of a choice; None where nothing but the policy runs.
 
@@ -35,13 +38,17 @@ def build_prior(
         args: how a model is loaded from a path.
         accelerator: where models are placed.
         processing_class: the policy's tokenizer or processor, which a reference model's is compared with.
+        tail: of a cache of the form `top_k`.
 
     Raises:
-        ValueError: the reference model does not fit the policy.
+        ValueError: the reference model or the cache does not fit the policy.
     """
     match choice.kind:
         case PriorKind.NONE | PriorKind.POLICY:
             return None
+        case PriorKind.CACHED:
+            check_cache(choice.cache, policy)
+            return CachedPrior(choice.cache, tail or "policy")
         case PriorKind.LAGGED:
             return OwnPrior(policy, wrapped, sync_steps=choice.sync_steps, decay=choice.sync_decay)
         case PriorKind.START:
@@ -65,3 +72,13 @@ def build_prior(
             else:
                 model = starting_copy(policy, accelerator)
             return StartingCopyPrior(*freeze(model, accelerator), policy)
+
+
+def check_cache(cache: PriorCache, policy: PreTrainedModel) -> None:
+    """Raise unless a cache of the form `top_k` is of the policy's vocabulary. A head may have other rows."""
+    rows = whole_shape(base_model_of(policy).get_output_embeddings().weight)[0]
+    if cache.manifest.form == "top_k" and cache.manifest.vocabulary != rows:
+        raise ValueError(
+            f"`prior_cache` has a vocabulary of {cache.manifest.vocabulary}, the policy one of {rows}: make the cache "
+            "with a prior of the policy's vocabulary, or of the form 'hidden'."
+        )

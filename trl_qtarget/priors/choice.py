@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 
 from ..target.config import QTargetConfig
 from ..target.objective import Objective
+from ..target.split import plan_of
 from .base import base_model_of
 from .fit import check_kind
 from .shards import in_zero3
+from .store import PriorCache
 
 
 # Of PEFT's LoRA: what each puts into the adapter, it takes from the weights.
@@ -41,6 +43,8 @@ class PriorKind(Enum):
     """The policy's own model with the weights that it started from, those of its PEFT adapters included."""
     LAGGED = "lagged"
     """The policy's own model with the weights of an earlier moment."""
+    CACHED = "cached"
+    """What another model has said before, read from a cache."""
 
 
 _WORDS = {
@@ -88,6 +92,7 @@ class PriorChoice:
         reference: the reference model, or the path that it is loaded from; only of the kind `REFERENCE`.
         reference_name: what the reference model is called; None if nothing names it.
         starting_path: where the starting weights can be loaded from, if a copy of them cannot be made.
+        cache: what the prior has said before; only of the kind `CACHED`.
         sync_steps, sync_decay: of a lagged prior.
         warnings: what the user should hear about this choice, once.
         warning_if_trained: what the user should hear if the adapters have been trained already.
@@ -99,6 +104,7 @@ class PriorChoice:
     reference: str | PreTrainedModel | None = None
     reference_name: str | None = None
     starting_path: str | None = None
+    cache: PriorCache | None = None
     sync_steps: int | None = None
     sync_decay: float | None = None
     warnings: tuple[str, ...] = ()
@@ -111,7 +117,10 @@ class PriorChoice:
 
 
 def choose_prior(
-    config: QTargetConfig, policy: PolicyFacts, reference: str | PreTrainedModel | None = None
+    config: QTargetConfig,
+    policy: PolicyFacts,
+    reference: str | PreTrainedModel | None = None,
+    cache: PriorCache | None = None,
 ) -> PriorChoice:
     """The prior that a configuration has with this policy and reference model.
 
@@ -119,6 +128,7 @@ def choose_prior(
         config: the target.
         policy: what is known of the policy.
         reference: a reference model or teacher, a path of one, or None.
+        cache: what a prior has said before, or None.
 
     Raises:
         ValueError: the target lacks the prior that it needs, or cannot have the one that it names.
@@ -129,6 +139,16 @@ def choose_prior(
     if reference is not None and (not objective.uses_prior or source == "lagged"):
         warnings.append(f"`ref_model` is not used by {config.label} and was left alone.")
         reference = None
+    if cache is not None and reference is not None:
+        raise ValueError("`prior_cache` and `ref_model` are two priors: pass one of them.")
+    if cache is not None and (not objective.uses_prior or source == "lagged"):
+        warnings.append(f"`prior_cache` is not used by {config.label} and was left alone.")
+        cache = None
+    if config.prior_tail is not None and (cache is None or cache.manifest.form != "top_k"):
+        raise ValueError(
+            "`prior_tail` says how the rest of a cache of the form 'top_k' is shared, and there is none that is used: "
+            "remove it, or pass such a cache as `prior_cache`."
+        )
     if not objective.uses_prior:
         kind = PriorKind.POLICY if config.prior == "policy" else PriorKind.NONE
         return PriorChoice(kind, objective, warnings=tuple(warnings))
@@ -144,6 +164,12 @@ def choose_prior(
             sync_decay=decay,
             warnings=tuple(warnings),
         )
+    if cache is not None:
+        if cache.manifest.form == "top_k":
+            plan_of(objective)  # raises where it is not enough
+        if config.prior in ("base", "start"):
+            warnings.append(f"`prior={config.prior!r}` is overridden: the given `prior_cache` is the prior.")
+        return PriorChoice(PriorKind.CACHED, objective, cache.manifest.title, cache=cache, warnings=tuple(warnings))
     if reference is not None:
         if config.prior in ("base", "start"):
             warnings.append(f"`prior={config.prior!r}` is overridden: the given `ref_model` is the prior.")

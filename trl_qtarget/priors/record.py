@@ -40,6 +40,8 @@ class PriorRecord:
     @classmethod
     def of(cls, choice: PriorChoice, weights: dict[str, str]) -> "PriorRecord":
         """Of the prior that was chosen, and the fingerprints of its weights."""
+        if choice.cache is not None:
+            weights = {"prior_cache": choice.cache.manifest.identity}
         return cls(choice.kind.value, choice.title or "the policy's own distribution", weights)
 
     def save(self, directory: str | os.PathLike) -> None:

@@ -14,6 +14,7 @@ from .methods import METHODS, find_method
 from .objective import Designs, Method, Objective, designs_of, knobs_of, make_objective
 from .registry import KNOBS, Range
 from .shown import shown
+from .top_k import TAILS
 
 
 CONFIG_NAME = "qtarget_config.json"
@@ -68,6 +69,8 @@ class QTargetConfig:
             `"model"`: the reference model given to the trainer. `"lagged"`: an earlier state of the policy.
         prior_sync_steps (`int`): a lagged prior follows the policy every so many optimiser steps (default 8).
         prior_sync_decay (`float` in [0, 1)): at a sync, keep this share of the lagged prior (an EMA); None copies.
+        prior_tail (`"policy"` or `"uniform"`): how the tokens that a top-k cache does not name share their mass; None
+            is as the policy does.
         token_weight_column (`str`): dataset column with one weight per token, for the trust `token_weights` (default
             `"token_weights"`).
         chunk_tokens (`int`): tokens scored at once by the fused loss; None chooses by vocabulary size.
@@ -125,6 +128,13 @@ class QTargetConfig:
     )
     prior_sync_decay: float | None = field(
         default=None, metadata={"help": "Share of the lagged prior kept at a sync (EMA), in [0, 1). None: copy."}
+    )
+    prior_tail: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the tokens that a top-k cache does not name share their mass. None: as the policy does.",
+            "choices": list(TAILS),
+        },
     )
     token_weight_column: str | None = field(
         default=None, metadata={"help": "Dataset column of per-token weights. None: 'token_weights'."}
@@ -198,6 +208,8 @@ class QTargetConfig:
 
     def _check_prior(self) -> None:
         self._check_choice("prior", PRIORS)
+        if self.prior_tail is not None:
+            self._check_choice("prior_tail", TAILS)
         if not any(design.uses_prior for design in self.designs):
             if self.prior not in ("auto", "policy"):
                 raise ValueError(f"`prior={self.prior!r}` is not used by {self.label}: leave it at 'auto'.")

@@ -21,8 +21,10 @@ from .checks import (
 from .config import QTargetConfig
 from .embeddings import Embeddings
 from .objective import Objective
+from .split import plan_of
 from .tile import LabelStatistics, Tile, finite, log_softmax_, over_tokens
 from .token_target import TokenTarget
+from .top_k import TopKPrior, check_top_k
 
 
 class Target(NamedTuple):
@@ -80,6 +82,7 @@ def token_target(
     embeddings: Tensor | None = None,
     ignore_index: int = -100,
     progress: float = 1.0,
+    prior_top_k: TopKPrior | None = None,
 ) -> tuple[Objective, TokenTarget, Tensor]:
     """Check the arguments; return the objective, the target of the scored tokens, and their mask `[N]`."""
     # A target is a constant in forward mode too, which `no_grad` leaves on.
@@ -88,7 +91,10 @@ def token_target(
     )
     if logits.dim() != 2:
         raise ValueError(f"`logits` must have shape [N, V], got {list(logits.shape)}: flatten the leading dimensions.")
-    objective = QTargetConfig.coerce(config).objective(has_prior=prior_logits is not None)
+    if prior_logits is not None and prior_top_k is not None:
+        raise ValueError("`prior_top_k` and `prior_logits` are two priors: pass one of them.")
+    has_prior = prior_logits is not None or prior_top_k is not None
+    objective = QTargetConfig.coerce(config).objective(has_prior=has_prior)
     objective = replace(objective, progress=check_progress(progress))
     labels, scored = check_labels(labels, *logits.shape, ignore_index)
     check_token_weights(token_weights, len(labels), objective)
@@ -96,6 +102,10 @@ def token_target(
     if prior_logits is not None:
         check_prior_logits(prior_logits, logits)
         prior_logits = over_tokens(prior_logits, logits.size(1))
+    if prior_top_k is not None:
+        check_top_k(prior_top_k, *logits.shape)
+        if objective.uses_prior:
+            plan_of(objective)  # raises where such a prior is not enough
     check_embeddings(embeddings, logits.size(-1), objective)
 
     def rows(values: Tensor | None) -> Tensor | None:
@@ -103,14 +113,22 @@ def token_target(
 
     scored_logits = _to_statistics_dtype(logits[scored])
     log_probs = finite(log_softmax_(scored_logits.clone()), in_place=True)
+    known, given = None, None
+    if objective.uses_prior and prior_top_k is not None:
+        known = prior_top_k[scored].like(log_probs)
+        given = known.dense(log_probs)
+    elif objective.uses_prior:
+        given = finite(prior_logits[scored].to(log_probs.dtype))
     tile = Tile(
         log_probs=log_probs,
         labels=labels[scored],
-        prior_logits=finite(prior_logits[scored].to(log_probs.dtype)) if objective.uses_prior else None,
+        prior_logits=given,
         token_weights=rows(token_weights),
         output_embeddings=None if embeddings is None else Embeddings(embeddings, labels[scored]),
         logits=scored_logits if {"rank", "margin"} & objective.statistics else None,
     )
+    if known is not None:  # the label is known apart, whether it is among the k or not
+        tile.prior_label_log_probs = known.label_log_probs
     trust = None
     if objective.trust.per_sequence:
         prior = tile.prior_label_log_probs if objective.uses_prior else tile.label_log_probs
@@ -125,6 +143,7 @@ def build_target(
     config: QTargetConfig | str | dict[str, Any] | None,
     *,
     prior_logits: Tensor | None = None,
+    prior_top_k: TopKPrior | None = None,
     token_weights: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     embeddings: Tensor | None = None,
@@ -141,6 +160,7 @@ def build_target(
             itself; every other method with a prior raises. A prior of more or fewer tokens is conditioned on the
             first `min(V, V')`, which both have: what only it has is left out and the rest renormalised, what only the
             policy has gets no prior mass.
+        prior_top_k: in their place, the `K` most probable tokens of the prior.
         token_weights: `[N]`, weights of the trust `token_weights`.
         sequence_ids: `[N]`, which document a token belongs to, for per-sequence trusts; None means one sequence.
         embeddings: `[V, H]`, the output embeddings, for the residual `neighbors`.
@@ -153,8 +173,9 @@ def build_target(
     Raises:
         ValueError: an argument is missing, misshapen or out of range.
     """
+    per_token = (token_weights, sequence_ids, embeddings)
     _, target, scored = token_target(
-        logits, labels, config, prior_logits, token_weights, sequence_ids, embeddings, ignore_index, progress
+        logits, labels, config, prior_logits, *per_token, ignore_index, progress, prior_top_k
     )
     probs = log_softmax_(_to_statistics_dtype(logits.detach()).clone()).exp_()
     probs[scored] = target.probs()
@@ -169,6 +190,7 @@ def qtarget_loss(
     config: QTargetConfig | str | dict[str, Any] | None,
     *,
     prior_logits: Tensor | None = None,
+    prior_top_k: TopKPrior | None = None,
     token_weights: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     embeddings: Tensor | None = None,
@@ -187,8 +209,9 @@ def qtarget_loss(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"`reduction={reduction!r}` is unknown: choose 'mean', 'sum' or 'none'.")
+    per_token = (token_weights, sequence_ids, embeddings)
     objective, target, scored = token_target(
-        logits, labels, config, prior_logits, token_weights, sequence_ids, embeddings, ignore_index, progress
+        logits, labels, config, prior_logits, *per_token, ignore_index, progress, prior_top_k
     )
     scored_logits = _to_statistics_dtype(logits[scored])
     with torch.no_grad():

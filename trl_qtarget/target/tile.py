@@ -31,16 +31,17 @@ def log_softmax_(scores: Tensor) -> Tensor:
     return scores.sub_(scores.exp().sum(dim=-1, keepdim=True).log_())
 
 
-def log_softmax_and_probs(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-softmax of `scores[n, V]` over the last dimension, in place, and its exponential, a new tensor.
+def log_softmax_and_probs(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-softmax of `scores[n, V]` over the last dimension, in place; its exponential, new; and the log-sum `[n]`.
 
     PyTorch's own adds up a row in few long sums on a CPU. In float32, beside a token that has nearly all of the mass,
     those of a large vocabulary lose 1.5e-5 nats, which is percents of the loss of a token that is nearly certain.
     """
-    scores.sub_(scores.amax(dim=-1, keepdim=True))
-    probs = scores.exp()
+    top = scores.amax(dim=-1, keepdim=True)
+    probs = scores.sub_(top).exp()
     total = probs.sum(dim=-1, keepdim=True)
-    return scores.sub_(total.log()), probs.div_(total)
+    log_total = total.log()
+    return scores.sub_(log_total), probs.div_(total), (top + log_total).squeeze(-1)
 
 
 def finite(log_probs: Tensor, in_place: bool = False) -> Tensor:
@@ -246,6 +247,7 @@ class Tile:
         output_embeddings: the output embeddings, or None; `embeddings` is their matrix.
         reuse_buffers: whether `prior_logits` may be overwritten by its own log-softmax.
         logits: `[n, V]`, logits of the policy, for what is compared exactly; without them `log_probs`.
+        log_sum: `[n]`, log-sum of the logits that `log_probs` were made of, where somebody has kept it.
     """
 
     log_probs: Tensor
@@ -256,6 +258,7 @@ class Tile:
     reuse_buffers: bool = field(default=False, repr=False)
     progress: float = 1.0
     logits: Tensor | None = field(default=None, repr=False)
+    log_sum: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self):
         if self.prior_logits is None:

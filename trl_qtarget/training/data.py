@@ -1,7 +1,8 @@
 """Columns with one number per token, kept aligned with the tokens from the dataset to the batch.
 
 TRL prepares, truncates and packs `input_ids` and `labels` only. Where a target needs another column (the weights of
-`cft`; the document that a token comes from, for a per-sequence trust under packing), it takes the same steps here.
+`cft`; the document that a token comes from, for a per-sequence trust under packing; the place where a prior's cache
+speaks of it), it takes the same steps here.
 """
 
 import copy
@@ -19,26 +20,37 @@ from trl.data_utils import get_dataset_column_names, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..loss.request import IGNORE_INDEX
+from ..priors.cached import ROWS_KEY
+from ..priors.store import PriorCache, tokenizer_fingerprint
 
 
 WEIGHTS_KEY = "token_weights"
 SEQUENCES_KEY = "sequence_ids"
+PLACES_KEY = "prior_places"
 
 
 @dataclass(frozen=True)
 class TokenColumns:
-    """Which per-token columns the target needs: the weights' column name or None, and whether documents are told."""
+    """Which per-token columns the target needs.
+
+    Attributes:
+        weights: name of the column of weights, or None.
+        documents: whether documents are told apart.
+        cache: what a prior has said, whose places are carried, or None.
+    """
 
     weights: str | None = None
     documents: bool = False
+    cache: PriorCache | None = None
 
     def __bool__(self) -> bool:
-        return self.weights is not None or self.documents
+        return self.weights is not None or self.documents or self.cache is not None
 
     def keys(self) -> dict[str, str]:
         """Dataset column -> name in the batch."""
         keys = {self.weights: WEIGHTS_KEY} if self.weights is not None else {}
-        return keys | ({SEQUENCES_KEY: SEQUENCES_KEY} if self.documents else {})
+        keys |= {SEQUENCES_KEY: SEQUENCES_KEY} if self.documents else {}
+        return keys | ({PLACES_KEY: ROWS_KEY} if self.cache is not None else {})
 
 
 def check_column(column: str, datasets: dict[str, Any]) -> None:
@@ -66,6 +78,15 @@ def check_batch(key: str, values: Any, labels: Tensor, label: str) -> None:
         )
     if values.dtype.is_floating_point and not (torch.isfinite(values) & (values >= 0)).all():
         raise ValueError(f"`data_collator` gave `{key}` with a weight that is negative, NaN or infinite: use >= 0.")
+
+
+def check_rows(rows: Tensor | None, labels: Tensor, label: str) -> None:
+    """Raise unless a batch brings what the cache says of its tokens."""
+    if rows is None or rows.shape[:2] != labels.shape:
+        raise ValueError(
+            f"`data_collator` gave a batch without `{ROWS_KEY}` for every label, which {label} reads from its "
+            "`prior_cache`: leave the collator to the trainer, and the dataset to its preparation."
+        )
 
 
 def count_scored(batch: Mapping[str, Any], first: bool) -> Tensor:
@@ -148,8 +169,13 @@ def prepare_with_columns(
         check_column(columns.weights, {dataset_name: dataset})
     plain = copy.copy(args)
     plain.max_length, plain.shuffle_dataset = None, False
+    if columns.cache is not None:
+        check_tokens(columns.cache, processing_class)
     dataset = prepare(dataset, processing_class, plain, False, formatting_func, dataset_name)
     token_columns = ["input_ids", "labels"] + ([columns.weights] if columns.weights is not None else [])
+    if columns.cache is not None:
+        dataset = _with_places(dataset, args, packing, columns.cache, dataset_name)
+        token_columns.append(PLACES_KEY)
 
     state = PartialState()
     # As TRL does it: once where all processes share a cache, else once per node.
@@ -168,6 +194,57 @@ def _map(dataset: Dataset | IterableDataset, args: Any, function: Callable, desc
     if isinstance(dataset, Dataset):
         return dataset.map(function, with_indices=True, num_proc=args.dataset_num_proc, desc=description)
     return dataset.map(function, with_indices=True)
+
+
+def check_tokens(cache: PriorCache, processing_class: Any) -> None:
+    """Raise unless a cache was made with the tokens that are trained on."""
+    found = tokenizer_fingerprint(processing_class)
+    if found != cache.manifest.tokenizer:
+        raise ValueError(
+            f"`prior_cache`: {cache.directory} was made with other tokens (fingerprint {cache.manifest.tokenizer}) "
+            f"than those of the `processing_class` ({found}): make it again with this tokenizer."
+        )
+
+
+def _with_places(
+    dataset: Dataset | IterableDataset, args: Any, packing: bool, cache: PriorCache, name: str
+) -> Dataset | IterableDataset:
+    """Add to every example the places of its tokens in the cache; raise where a label has none, but for the first."""
+    kept = kept_by_truncation(args, packing)
+
+    def place(example: dict[str, Any], row: int) -> dict[str, Any]:
+        places, labels = cache.places(example["input_ids"]), [IGNORE_INDEX, *example["labels"][1:]]
+        pairs = zip(places[kept], labels[kept], strict=True)
+        missing = any(place < 0 and label != IGNORE_INDEX for place, label in pairs)
+        if missing and streamed:
+            raise ValueError(_missing(cache, f"example {row} of the {name} dataset is"))
+        return {PLACES_KEY: places, "_missing": missing}
+
+    streamed = isinstance(dataset, IterableDataset)
+    state = PartialState()
+    with state.main_process_first(), state.local_main_process_first():
+        dataset = _map(dataset, args, place, f"Looking up {name} dataset in the cache")
+    if not streamed:
+        missing = [row for row, is_missing in enumerate(dataset["_missing"]) if is_missing]
+        if missing:  # on every process alike
+            whole = f"{len(missing)} of {len(dataset)} examples of the {name} dataset, the first of them number "
+            raise ValueError(_missing(cache, f"{whole}{missing[0]}, are"))
+    return dataset.remove_columns("_missing")
+
+
+def kept_by_truncation(args: Any, packing: bool) -> slice:
+    """The tokens of an example that may be trained on."""
+    splits = packing and args.packing_strategy != "bfd"
+    if args.max_length is None or splits:
+        return slice(None)
+    return slice(None, args.max_length) if args.truncation_mode == "keep_start" else slice(-args.max_length, None)
+
+
+def _missing(cache: PriorCache, which: str) -> str:
+    return (
+        f"`prior_cache`: {which} not in {cache.directory}, or with fewer labels or tokens: run `trl-qtarget cache` "
+        "with this recipe and the same `output_dir`, which adds what is missing."
+    )
 
 
 def _checked(column: str) -> Callable:
@@ -227,6 +304,11 @@ class TokenColumnCollator(DataCollatorForLanguageModeling):
         for column, key in self.columns.keys().items():
             if column in examples[0]:
                 batch[key] = self._collate(column, examples, batch["labels"])
+        if PLACES_KEY in examples[0]:
+            places = batch[ROWS_KEY]
+            # The first token of a document, which another one precedes in a packed row: nothing is known of it.
+            batch["labels"] = batch["labels"].masked_fill(places < 0, IGNORE_INDEX)
+            batch[ROWS_KEY] = self.columns.cache.read(places)
         return batch
 
     def _collate(self, column: str, examples: list[dict[str, Any]], labels: Tensor) -> Tensor:
@@ -241,7 +323,7 @@ class TokenColumnCollator(DataCollatorForLanguageModeling):
             if dtype.is_floating_point and not (torch.isfinite(row) & (row >= 0)).all():
                 raise ValueError(f"`{column}` has a weight that is negative, NaN or infinite: use weights >= 0.")
         rows = [torch.cat(rows)] if self.padding_free else rows
-        out = torch.zeros(labels.shape, dtype=dtype)
+        out = torch.full(labels.shape, -1 if column == PLACES_KEY else 0, dtype=dtype)
         for index, row in enumerate(rows):
             out[index, : len(row)] = row
         return out

@@ -24,10 +24,11 @@ from ..loss.head import add_target_head, check_head, vocabulary_of
 from ..loss.request import IGNORE_INDEX, NextTokens, Observed, QTargetOutput, Sealed, TargetRequest
 from ..priors.base import PriorCallback, base_model_of, virtual_tokens
 from ..priors.build import build_prior
+from ..priors.cached import ROWS_KEY
 from ..priors.choice import PolicyFacts, PriorChoice, PriorKind, check_models, choose_prior
 from ..priors.fit import check_kind
+from ..priors.store import PriorCache
 from ..target.config import QTargetConfig
-from ..target.objective import Objective
 from .data import (
     SEQUENCES_KEY,
     WEIGHTS_KEY,
@@ -35,6 +36,7 @@ from .data import (
     TokenColumns,
     check_batch,
     check_column,
+    check_rows,
     count_scored,
     is_packed,
     prepare_with_columns,
@@ -71,6 +73,8 @@ class QTargetSFTTrainer(CheckpointMixin, SettlingMixin, SFTTrainer):
             every method that uses a frozen one. It may have more or fewer rows than the policy: it is then conditioned
             on the tokens that both have. A path is loaded in the policy's dtype and with those of
             `args.model_init_kwargs` that say nothing of which model it is; code of its repository is not run.
+        prior_cache (`str`): a folder that `trl-qtarget cache` has written: what a prior has said of these examples, in
+            its place. No second model is loaded.
 
     Raises:
         ValueError: before any training step, if the target, the `SFTConfig`, the reference model or the dataset do not
@@ -92,14 +96,18 @@ class QTargetSFTTrainer(CheckpointMixin, SettlingMixin, SFTTrainer):
         *sft_args: Any,
         qtarget_config: QTargetConfig | str | dict[str, Any] | None = None,
         ref_model: "str | PreTrainedModel | None" = None,
+        prior_cache: str | None = None,
         **sft_kwargs: Any,
     ):
         given = inspect.signature(SFTTrainer.__init__).bind(self, model, args, *sft_args, **sft_kwargs).arguments
         self.qtarget_config = resolve_config(qtarget_config, args, given.get("compute_loss_func"))
         check_models(model, ref_model)
         self._policy_facts, self._ref_model = PolicyFacts.of(model, given.get("peft_config")), ref_model
+        self._cache = None if prior_cache is None else PriorCache(prior_cache)
         self.prior_choice = self.prior_of(self.qtarget_config)
-        self._token_columns = _token_columns(self.qtarget_config, self.prior_choice.objective, given)
+        if self.prior_choice.cache is not None:
+            self.prior_choice.cache.check_sums()
+        self._token_columns = _token_columns(self.qtarget_config, self.prior_choice, given)
         self._prepared: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # dataset -> whether it is packed
 
         super().__init__(model, args, *sft_args, **sft_kwargs)
@@ -114,6 +122,11 @@ class QTargetSFTTrainer(CheckpointMixin, SettlingMixin, SFTTrainer):
             )
         check_kernel(self.qtarget_config.kernel, self.accelerator.device)
         # A subclass of TRL's collators is the user's own, and left alone.
+        if self.prior_choice.cache is not None and type(self.data_collator) is DataCollatorForVisionLanguageModeling:
+            raise ValueError(
+                "`prior_cache` is of the tokens of a text, and the tokens of images are made in the data collator: "
+                "pass a `ref_model`, or a text dataset."
+            )
         if self._token_columns and type(self.data_collator) is DataCollatorForVisionLanguageModeling:
             raise ValueError(
                 "`token_weight_column` counts the tokens of a text, and the tokens of images are made in the data "
@@ -132,6 +145,7 @@ class QTargetSFTTrainer(CheckpointMixin, SettlingMixin, SFTTrainer):
             self.args,
             self.accelerator,
             self.processing_class,
+            self.qtarget_config.prior_tail,
         )
         if self._prior is not None:
             self.add_callback(PriorCallback(self._prior))
@@ -146,7 +160,7 @@ class QTargetSFTTrainer(CheckpointMixin, SettlingMixin, SFTTrainer):
         Raises:
             ValueError: the target lacks the prior that it needs, or cannot have the one that it names.
         """
-        return choose_prior(config, self._policy_facts, self._ref_model)
+        return choose_prior(config, self._policy_facts, self._ref_model, self._cache)
 
     def _announce_target(self) -> None:
         for warning in self.prior_choice.warnings:
@@ -236,8 +250,11 @@ class QTargetSFTTrainer(CheckpointMixin, SettlingMixin, SFTTrainer):
             sequences = sequences_of(inputs) if sequences is None else sequences
             check_batch(SEQUENCES_KEY, sequences, inputs["labels"], self.qtarget_config.label)
         prior, next_tokens = None, NextTokens.of(inputs["labels"], vocabulary_of(base_model_of(self.model)))
+        if self.prior_choice.cache is not None:
+            check_rows(inputs.get(ROWS_KEY), inputs["labels"], self.qtarget_config.label)
         if self._prior is not None:
             prior = self._prior.request({key: value for key, value in inputs.items() if key not in _POLICY_ALONE})
+        inputs.pop(ROWS_KEY, None)
         config = self.qtarget_config
         return TargetRequest(
             objective, prior, weights, sequences, config.chunk_tokens, config.kernel, next_tokens=next_tokens
@@ -334,7 +351,7 @@ class QTargetSFTTrainer(CheckpointMixin, SettlingMixin, SFTTrainer):
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
 
-def _token_columns(config: QTargetConfig, objective: Objective, given: dict[str, Any]) -> TokenColumns:
+def _token_columns(config: QTargetConfig, choice: PriorChoice, given: dict[str, Any]) -> TokenColumns:
     """The per-token columns that the target needs, checked against the datasets."""
     args, weights = given.get("args"), None
     if config.uses_token_weights:
@@ -344,8 +361,8 @@ def _token_columns(config: QTargetConfig, objective: Objective, given: dict[str,
         datasets |= evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
         check_column(weights, {name: dataset for name, dataset in datasets.items() if dataset is not None})
     packed = bool(getattr(args, "packing", False) or getattr(args, "eval_packing", False))
-    documents = packed and objective.trust.per_sequence
-    return TokenColumns(weights, documents)
+    documents = packed and choice.objective.trust.per_sequence
+    return TokenColumns(weights, documents, choice.cache)
 
 
 @contextmanager

@@ -154,6 +154,10 @@ class FoldedTile(Tile):
     def log_probs(self) -> Tensor:
         return finite(log_softmax_(self.logits.clone()), in_place=True)
 
+    @property
+    def log_sum(self) -> Tensor:
+        return self.row(fold.POLICY_MAX) + self.row(fold.POLICY_LOG_SUM)
+
     @cached_property
     def prior_logits(self) -> Tensor:
         return self.log_probs if self.given_prior is None else finite(self.given_prior)

@@ -72,7 +72,7 @@ class PlainKernel:
             compared["margin"] = margin_of(logits, labels)
         below = "prior_mass_below" in self.statistics and prior_logits is not None
         odds = odds_below(finite(prior_logits, in_place=True), labels) if below else None
-        log_probs, probs = log_softmax_and_probs(logits)
+        log_probs, probs, log_sum = log_softmax_and_probs(logits)
         tile = Tile(
             log_probs=finite(log_probs, in_place=True),
             labels=labels,
@@ -80,6 +80,7 @@ class PlainKernel:
             token_weights=token_weights,
             output_embeddings=embeddings,
             reuse_buffers=True,
+            log_sum=log_sum,
         )
         if below:
             compared["prior_mass_below"] = odds * tile.prior_label_log_probs.exp()
