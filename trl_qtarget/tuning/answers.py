@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .functions import find_function
+
 
 Judge = Callable[[str, str], bool]
 
@@ -22,7 +24,7 @@ def final_answer(text: str, like: str) -> str:
 
 
 def judge_exact(answer: str, text: str) -> bool:
-    """The final answer of both is the same: their last number if the right one ends in a number, else the last line."""
+    """Both end in the same answer: the last number if the right one ends in a number, else the last line."""
     return final_answer(text, answer) == final_answer(answer, answer)
 
 
@@ -50,8 +52,6 @@ def find_judge(name: str) -> Judge:
     Raises:
         ValueError: there is none, or it needs a package that is not installed.
     """
-    from .metrics import find_function
-
     if ":" in name:
         return find_function(name, "judge")
     if name not in JUDGES:
@@ -111,7 +111,9 @@ def shares_right(
     for start in range(0, len(prompts), step):
         # A seed per batch: answers do not depend on where an evaluation began. The trainer's own are left alone.
         torch.manual_seed(seed + start)
-        texts, special = zip(*(prompt_text(prompt, tokenizer) for prompt in prompts[start : start + step]), strict=True)
+        texts, special = zip(
+            *(prompt_text(prompt, tokenizer) for prompt in prompts[start : start + step]), strict=True
+        )
         inputs = tokenizer(
             list(texts),
             padding=True,

@@ -80,7 +80,11 @@ def split(train: Dataset, held_out: Dataset | None, share: int | None, seed: int
             f"`held_out` leaves {len(train)} rows to train on and {len(held_out)} for search and confirmation, once "
             "prompts that are in two sets are left out: more rows are needed."
         )
-    return {"train": train, "search": held_out.select(range(half)), "confirm": held_out.select(range(half, len(held_out)))}
+    return {
+        "train": train,
+        "search": held_out.select(range(half)),
+        "confirm": held_out.select(range(half, len(held_out))),
+    }
 
 
 def identity(row: dict[str, Any]) -> str:
@@ -122,8 +126,8 @@ def _asked(row: dict[str, Any]) -> dict[str, Any]:
             answer = final_answer(text, text)
     if not prompt or answer is None or answer == "":
         raise ValueError(
-            "`metric` judges answers: the held-out rows need `prompt` (or `problem`) with `answer` or `completion`, or "
-            f"`messages` that end with the assistant's; one has: {', '.join(row)}."
+            "`metric` judges answers: the held-out rows need `prompt` (or `problem`) with `answer` or `completion`, "
+            f"or `messages` that end with the assistant's; one has: {', '.join(row)}."
         )
     if isinstance(prompt, str) and "problem" in row and "prompt" not in row:
         prompt = [{"role": "user", "content": prompt}]
@@ -142,8 +146,8 @@ def write(sets: dict[str, Dataset], folder: Path) -> Sets:
     if whole.is_file():
         if json.loads(whole.read_text(encoding="utf-8"))["digests"] != digests:
             raise ValueError(
-                f"`output_dir`: {folder} holds other sets: the data have changed since the study began. Choose another "
-                "folder, or go on with the data of before."
+                f"`output_dir`: {folder} holds other sets: the data have changed since the study began. Choose "
+                "another folder, or go on with the data of before."
             )
         return Sets(folder)
     for name, rows in sets.items():

@@ -1,21 +1,21 @@
 """What a study maximises: a number for each prompt where there is one, so that two models can be compared in pairs."""
 
-import importlib
 import math
 import numbers
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
+from ..loss.request import IGNORE_INDEX
 from ..training.trainer import QTargetSFTTrainer
-from .answers import Judge, find_judge, shares_right
+from .answers import find_judge, shares_right
+from .functions import find_function
 
 
 JUDGED = ("average_at_k", "greedy_accuracy")
@@ -108,24 +108,6 @@ class Metric:
         return _numbers(find_function(self.name, "metric")(model, tokenizer, rows), self.name)
 
 
-def find_function(name: str, argument: str) -> Callable[..., Any] | Judge:
-    """`module:function`, from the working directory or wherever Python looks.
-
-    Raises:
-        ValueError: there is no such function.
-    """
-    module, _, function = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"`{argument}={name!r}` cannot be imported ({error}): it must be `module:function`.") from None
-    if not callable(found):
-        raise ValueError(f"`{argument}={name!r}` is no function: name one as `module:function`.")
-    return found
-
-
 def _numbers(value: Any, name: str) -> list[float]:
     """What a user's metric returned: a number, or one for each row."""
     values = [value] if isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0 else list(value)
@@ -135,39 +117,54 @@ def _numbers(value: Any, name: str) -> list[float]:
     return values
 
 
-@torch.inference_mode()
 def label_scores(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    training: SFTConfig,
-    name: str,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, training: SFTConfig, name: str
 ) -> list[float]:
     """Of each row the mean over its labels: minus the NLL, or the share that is the model's first choice.
-
-    The rows become tokens and labels as the trainer makes them.
 
     Raises:
         ValueError: a row has no label.
     """
-    trainer = QTargetSFTTrainer(
-        model, training, train_dataset=rows, processing_class=tokenizer, qtarget_config="sft"
-    )
-    model.eval()
     scores = []
+    for (logits,), labels in _labelled([model], tokenizer, rows, training):
+        if name == "eval_target/nll":
+            scores.append(-torch.nn.functional.cross_entropy(logits, labels).item())
+        else:
+            scores.append((logits.argmax(-1) == labels).float().mean().item())
+    return scores
+
+
+def kl_to_base(
+    model: PreTrainedModel,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    training: SFTConfig,
+) -> float:
+    """KL(base‖model) in nats per label, the mean over rows: how far a model has moved on text it should retain."""
+    values = []
+    for (mine, former), _ in _labelled([model, base], tokenizer, rows, training):
+        mine, former = mine.log_softmax(-1), former.log_softmax(-1)
+        values.append((former.exp() * (former - mine)).sum(-1).mean().item())
+    return mean(values)
+
+
+def _labelled(
+    models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase, rows: Dataset, training: SFTConfig
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """For each row, as the trainer makes tokens of it: the float32 logits `[n, V]` of each model, and labels `[n]`."""
+    trainer = QTargetSFTTrainer(
+        models[0], training, train_dataset=rows, processing_class=tokenizer, qtarget_config="sft"
+    )
     for number, row in enumerate(trainer.prepare_rows(rows, "study")):
         inputs = trainer._prepare_inputs(trainer.data_collator([row]))
         labels = inputs.pop("labels")[:, 1:]
-        kept = labels != -100
+        kept = labels != IGNORE_INDEX
         if not kept.any():
-            raise ValueError(f"`metric={name!r}`: row {number} has no label: leave it out.")
-        logits = trainer.model(**inputs).logits[:, :-1][kept].float()
-        wanted = labels[kept]
-        if name == "eval_target/nll":
-            scores.append(-torch.nn.functional.cross_entropy(logits, wanted).item())
-        else:
-            scores.append((logits.argmax(-1) == wanted).float().mean().item())
-    return scores
+            raise ValueError(f"`metric`: row {number} of a held-out set has no label: leave it out.")
+        with torch.inference_mode():
+            logits = [model.eval()(**inputs).logits[:, :-1][kept].float() for model in models]
+        yield logits, labels[kept]
 
 
 def mean(scores: Sequence[float]) -> float:

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from .data import Sets
 from .metrics import mean
 from .slots import ERROR, PLACE, Slots
-from .space import RATE, Candidate, fingerprint, words
+from .space import Candidate, fingerprint, words
 from .trial import REDUCTION, Evaluation, Stopwatch, Training, TrainingFailed, clear, rung_checkpoint
 from .verdict import LOOKS, Verdict, judge
 
@@ -110,8 +110,8 @@ class Study:
             wanted = self.plan.settings
             changed = [name for name in wanted if former.get(name) != wanted[name]]
             raise ValueError(
-                f"`{changed[0] if changed else 'study_name'}` is not that of the study which `storage` holds: go on with "
-                "the same command, or choose another `output_dir` or `study_name`."
+                f"`{changed[0] if changed else 'study_name'}` is not that of the study which `storage` holds: go on "
+                "with the same command, or choose another `output_dir` or `study_name`."
             )
 
     def _open(self, name: str) -> optuna.Study:
@@ -209,7 +209,9 @@ class Study:
         for wanted, found in ((SFT, self.best(SFT)), ("another method", names)):
             if not found:
                 failed = [error for each in self.plan.candidates for error in self.failures(each.name)]
-                raise ValueError(f"`methods`: no trial of {wanted} succeeded: {failed[0] if failed else 'none ended'}.")
+                raise ValueError(
+                    f"`methods`: no trial of {wanted} succeeded: {failed[0] if failed else 'none ended'}."
+                )
         chosen = sorted(names, key=self._rank)[: self.plan.finalists]
         return [{"name": name, "params": self.best(name).params} for name in (SFT, *chosen)]
 
@@ -285,7 +287,9 @@ class Study:
                 scores[name] = [trial.user_attrs[SCORES] for trial in trials]
             elif name == SFT:
                 error = next(trial.user_attrs[ERROR] for trial in trials if ERROR in trial.user_attrs)
-                raise ValueError(f"`methods`: a confirming training of `sft` failed, nothing can be compared: {error}.")
+                raise ValueError(
+                    f"`methods`: a confirming training of `sft` failed, nothing can be compared: {error}."
+                )
         sft, again = scores.pop(SFT), scores.pop(AGAIN, None)
         return judge(scores, sft, again, last)
 
@@ -300,7 +304,7 @@ class Study:
         self._do(slots, trial, folder, lambda: self._climb(candidate, trial, params, folder))
 
     def _sampler(self, candidate: Candidate, place: int) -> BaseSampler:
-        """First the published knobs at the recipe's rate; then the same random places for all; then by what was seen."""
+        """First the published knobs at the recipe's rate, then random places, the same for all, then what was seen."""
         seed = zlib.crc32(f"{self.plan.seed} {place}".encode())
         sampler = TPESampler(n_startup_trials=max(2, self.plan.trials // 2), seed=seed, constant_liar=False)
         return PartialFixedSampler(candidate.defaults, sampler) if place == 0 else sampler
@@ -336,6 +340,8 @@ class Study:
         def train() -> list[float]:
             options = self._candidate(SFT if again else name).options(params)
             self.plan.training.run(options, folder, seed, 0, lambda: False)
+            if (retention := self.plan.evaluation.retention(folder)) is not None:
+                trial.set_user_attr(RETENTION, retention)
             return self.plan.evaluation.scores(folder, self._confirm_rows)
 
         self._do(self.confirmation, trial, folder, train, keep_model=True)
@@ -372,8 +378,3 @@ def folder_name(name: str) -> str:
     """A method's name, or what a formula leaves of it, as the name of a folder."""
     plain = re.sub(r"[^\w.=-]+", "_", name).strip("_")[:60]
     return plain if plain == name else f"{plain}-{zlib.crc32(name.encode()):08x}"
-
-
-def rate_of(params: dict[str, Any]) -> float:
-    """The learning rate of a trial."""
-    return params[RATE]

@@ -1,11 +1,11 @@
-"""One trial: an ordinary `trl-qtarget sft` in a folder of its own, and what the model can do on the way and at the end."""
+"""One trial: an ordinary `trl-qtarget sft` in a folder of its own, and what its model can do."""
 
 import gc
-import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from trl import SFTConfig
 
 from ..files import replacing
 from ..training.checkpoints import is_whole, last_whole_checkpoint
-from .metrics import Metric
+from .metrics import Metric, kl_to_base
 
 
 # Each intermediate evaluation comes after so many times as much training as the one before.
@@ -127,32 +127,56 @@ def load(folder: Path, training: SFTConfig, dtype: str | None) -> tuple[PreTrain
     maker = AutoModelForCausalLM
     if (folder / "adapter_config.json").is_file():
         from peft import AutoPeftModelForCausalLM as maker
-    model = maker.from_pretrained(
-        folder, dtype=getattr(torch, wanted), trust_remote_code=training.trust_remote_code
-    )
+    model = maker.from_pretrained(folder, dtype=getattr(torch, wanted), trust_remote_code=training.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=training.trust_remote_code)
     return model.to("cuda" if on_gpu else "cpu").eval(), tokenizer
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a model is measured: the metric, on rows."""
+    """How a model is measured.
+
+    Attributes:
+        metric: on the rows of a set.
+        training: how rows become tokens, and where models run.
+        dtype: of the weights; None is bfloat16 on a GPU, else float32.
+        seed: of sampled answers, the same for all models.
+        base: the model that all trainings start from.
+        retained: held-out text on which the KL to the base is taken; None: it is not.
+    """
 
     metric: Metric
     training: SFTConfig
     dtype: str | None
     seed: int
+    base: str = ""
+    retained: Dataset | None = None
 
     def scores(self, folder: Path, rows: Dataset) -> list[float]:
         """Of the model in a folder, larger is better."""
-        model, tokenizer = load(folder, self.training, self.dtype)
-        try:
+        with _loaded(folder, self) as (model, tokenizer):
             return self.metric.scores(model, tokenizer, rows, self.training, self.seed)
-        finally:
-            del model
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+
+    def retention(self, folder: Path) -> float | None:
+        """KL(base‖model) in nats per label of the retained text; None without one."""
+        if self.retained is None:
+            return None
+        with _loaded(folder, self) as (model, tokenizer):
+            base = AutoModelForCausalLM.from_pretrained(self.base, dtype=model.dtype).to(model.device)
+            return kl_to_base(model, base, tokenizer, self.retained, self.training)
+
+
+@contextmanager
+def _loaded(folder: Path, how: Evaluation) -> Iterator[tuple[PreTrainedModel, Any]]:
+    """A model for as long as it is needed, and its memory given back."""
+    loaded = load(folder, how.training, how.dtype)
+    try:
+        yield loaded
+    finally:
+        del loaded
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 class Stopwatch:
@@ -175,9 +199,3 @@ def clear(folder: Path, keep_model: bool) -> None:
         for pattern in ("*.safetensors", "*.bin", "*.pt"):
             for path in folder.glob(pattern):
                 path.unlink(missing_ok=True)
-
-
-def write_json(path: Path, values: Any) -> None:
-    """A whole file of JSON."""
-    with replacing(path) as unfinished:
-        unfinished.write_text(json.dumps(values, indent=1), encoding="utf-8")

@@ -100,8 +100,8 @@ def paired_difference(mine: ArrayLike, baseline: ArrayLike) -> tuple[float, floa
         mine, baseline: `[S, P]` scores of the same prompts.
 
     Returns:
-        The mean; the squared standard error over prompts, each averaged over the trainings (0 for one prompt); the part
-        of it that is the noise of single answers (0 for one training).
+        The mean; the squared standard error over prompts, each averaged over the trainings (0 for one prompt); the
+        part of it that is the noise of single answers (0 for one training).
     """
     differences = np.asarray(mine, dtype=float) - np.asarray(baseline, dtype=float)
     seeds, prompts = differences.shape
@@ -146,9 +146,11 @@ def judge(
     baselines = [np.asarray(each, dtype=float) for each in (sft, sft_again) if each is not None]
     shape = baselines[0].shape
     if len(shape) != 2 or shape[0] < 2 or any(each.shape != shape for each in (*arrays.values(), *baselines)):
-        raise ValueError("`candidates` and `sft` must be scores [S, P] of the same prompts, with S >= 2 trainings each.")
+        raise ValueError(
+            "`candidates` and `sft` must be scores [S, P] of the same prompts, with S >= 2 trainings each."
+        )
     if not all(np.isfinite(each).all() for each in (*arrays.values(), *baselines)):
-        raise ValueError("`candidates` or `sft` hold a score that is NaN or infinite: give such a training the worst.")
+        raise ValueError("`candidates` or `sft` hold a score that is NaN or infinite: leave it out.")
     variance, freedom = training_variance([*baselines, *arrays.values()])
     baseline = sum(baselines) / len(baselines)
 
