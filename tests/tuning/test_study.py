@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import socket
 from pathlib import Path
 
 import optuna
@@ -14,7 +15,8 @@ from training import warm_model
 from trl_qtarget import QTargetConfig
 from trl_qtarget.cli import sft, tune
 from trl_qtarget.tuning import report
-from trl_qtarget.tuning.study import AGAIN, SCORES, Study
+from trl_qtarget.tuning.slots import ATTEMPTS, PLACE
+from trl_qtarget.tuning.study import AGAIN, SCORES, SECONDS, Study
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +47,8 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-class Interrupted(Exception):
-    """Stands for the death of a worker: nothing is written down after it."""
+class Killed(BaseException):
+    """Stands for the death of a worker: nobody catches it, and nothing is written down after it."""
 
 
 def study_of(folder: Path, name: str, *options: str, stop_after: int | None = None) -> Study:
@@ -58,7 +60,7 @@ def study_of(folder: Path, name: str, *options: str, stop_after: int | None = No
     def launch(file, log, until) -> int:
         started.append(file)
         if stop_after is not None and len(started) > stop_after:
-            raise Interrupted
+            raise Killed
         return sft.main(["--config", str(file)])
 
     plan = dataclasses.replace(plan, training=dataclasses.replace(plan.training, launch=launch))
@@ -113,48 +115,31 @@ def test_runs_to_its_verdict(whole, folder):
     assert not list((folder / "whole" / "search").rglob("*.safetensors"))
 
 
-def test_killed_twice_it_ends_with_the_same_trials(whole, folder, monkeypatch):
-    """In the middle of a trial, of its second half, and of the confirmation; taken up where it was."""
-    monkeypatch.setattr("trl_qtarget.tuning.slots._me", lambda: ["this", 0, 0.0])
-    monkeypatch.setattr("trl_qtarget.tuning.slots.socket.gethostname", lambda: "this")
-
-    def die(trial, *arguments) -> None:
-        raise SystemExit
-
-    for stop in (1, 3, 6):
-        study = study_of(folder, "killed", stop_after=stop)
-        with monkeypatch.context() as patched:
-            patched.setattr(Study, "_do", _without_a_word(Study._do))
-            with pytest.raises(Interrupted):
-                study.work()
+def test_killed_it_ends_with_the_same_trials(whole, folder, monkeypatch):
+    """In the middle of a trial, before another, and in the confirmation; taken up where it was."""
+    monkeypatch.setattr("trl_qtarget.tuning.slots._me", lambda: [socket.gethostname(), 0, 0.0])
+    for stop in (1, 2, 5):
+        with pytest.raises(Killed):
+            study_of(folder, "killed", stop_after=stop).work()
     study = study_of(folder, "killed")
     study.work()
     assert trials_of(study) == trials_of(whole)
 
 
-def _without_a_word(do):
-    """A worker that is killed catches nothing."""
+def test_interrupted_it_gives_the_trial_back(folder):
+    """Ctrl-C: the next worker need not find out that nobody is there, nor wait."""
+    study = study_of(folder, "interrupted", "--rungs", "0")
 
-    def dying(self, slots, trial, folder, work, keep_model=False):
-        outcome = []
+    def launch(file: Path, log: Path, until) -> int:
+        raise KeyboardInterrupt
 
-        def noted():
-            try:
-                return work()
-            except Interrupted as death:
-                outcome.append(death)
-                raise KeyboardInterrupt from death
-
-        release, slots_class = slots.release, type(slots)
-        slots_class.release = lambda self, number: None
-        try:
-            do(self, slots, trial, folder, noted, keep_model)
-        except KeyboardInterrupt:
-            raise outcome[0] from None
-        finally:
-            slots_class.release = release.__func__
-
-    return dying
+    study.plan = dataclasses.replace(study.plan, training=dataclasses.replace(study.plan.training, launch=launch))
+    with pytest.raises(KeyboardInterrupt):
+        study.work()
+    (left,) = study._slots["sft"].trials()
+    assert left.state == TrialState.WAITING and left.user_attrs[PLACE] == 0 and left.user_attrs[SECONDS] > 0
+    again = study._slots["sft"].take(1)
+    assert again.user_attrs[PLACE] == 0 and again.user_attrs[ATTEMPTS] == 2
 
 
 def test_settings_belong_to_a_study(whole, folder):
@@ -176,7 +161,7 @@ def test_failed_trials_are_told_and_the_others_go_on(folder):
         return launch(file, log, until)
 
     study.plan = dataclasses.replace(study.plan, training=dataclasses.replace(study.plan.training, launch=failing))
-    with pytest.raises(ValueError, match="no trial of another method has succeeded: .*out of memory"):
+    with pytest.raises(ValueError, match=r"no trial of another method has succeeded: .*out of memory"):
         study.work()
     assert study.best("sft") is not None
 

@@ -210,7 +210,7 @@ class Study:
             if not found:
                 failed = [error for each in self.plan.candidates for error in self.failures(each.name)]
                 raise ValueError(
-                    f"`methods`: no trial of {wanted} succeeded: {failed[0] if failed else 'none ended'}."
+                    f"`methods`: no trial of {wanted} has succeeded: {failed[0] if failed else 'none ended'}."
                 )
         chosen = sorted(names, key=self._rank)[: self.plan.finalists]
         return [{"name": name, "params": self.best(name).params} for name in (SFT, *chosen)]
