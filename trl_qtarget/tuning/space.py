@@ -25,7 +25,7 @@ class Candidate:
 
     Attributes:
         name: as it was asked for: `asft`, or `asft:lam=0.03`, whose `lam` is then not tuned.
-        config: the target; a knob that is None is tuned.
+        config: the target; a knob that is None is tuned, unless the method measures it.
         rates: the lowest and the highest learning rate.
         start: the learning rate of the first trial, which has every knob at its default.
     """
@@ -41,8 +41,10 @@ class Candidate:
         low, high = self.rates
         space: dict[str, BaseDistribution] = {RATE: FloatDistribution(low, high, log=True)}
         known = knobs_of(self.config.row, self.config.designs)
-        open_knobs = [name for name in known if getattr(self.config, name) is None]
-        return space | {name: _around(known[name]) for name in open_knobs}
+        # One that is measured by default stays so.
+        measured = self.config.open_knobs
+        tuned = [name for name in known if getattr(self.config, name) is None and name not in measured]
+        return space | {name: _around(known[name]) for name in tuned}
 
     @property
     def defaults(self) -> dict[str, float]:
