@@ -86,6 +86,11 @@ def test_a_number_per_training_is_enough():
     assert verdict.winner.name == "a" and not verdict.open
 
 
+def test_without_a_candidate_sft_is_kept():
+    """All finalists may have failed."""
+    assert judge({}, np.zeros((2, 3))).winner is None and not judge({}, np.zeros((2, 3)), np.ones((2, 3))).open
+
+
 def test_refuses_what_cannot_be_compared():
     with pytest.raises(ValueError, match="same prompts"):
         judge({"a": np.zeros((2, 3))}, np.zeros((2, 4)))

@@ -10,11 +10,13 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import datasets
+import psutil
 import torch
 import yaml
 from datasets import Dataset, load_dataset
@@ -90,6 +92,7 @@ def main(arguments: Sequence[str]) -> int:
     from ..tuning import report
     from ..tuning.study import Study
 
+    datasets.disable_progress_bars()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_qtarget").setLevel(logging.INFO)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -99,10 +102,9 @@ def main(arguments: Sequence[str]) -> int:
     plan = make_plan(given, recipe)
     study = Study(plan, _storage(given.storage, plan.folder), given.study_name)
     try:
-        if workers > 1 and not study.done:
-            if status := _share(arguments, workers):
-                return status
         with _terminable():
+            if workers > 1 and not study.done and (status := _share(arguments, workers)):
+                return status
             study.work()
     except KeyboardInterrupt:
         sys.stderr.write("trl-qtarget tune: interrupted; the same command goes on.\n")
@@ -343,11 +345,14 @@ def _share(arguments: Sequence[str], workers: int) -> int:
     try:
         return next((status for status in [process.wait() for process in processes] if status), 0)
     except KeyboardInterrupt:
-        for process in processes:
-            if process.poll() is None:
+        # A terminal has told them too, and a second signal would cut short what they do about it.
+        _, left = psutil.wait_procs(
+            [psutil.Process(each.pid) for each in processes if each.poll() is None], timeout=10
+        )
+        for process in left:
+            with suppress(psutil.Error):
                 process.send_signal(signal.SIGINT)
-        for process in processes:
-            process.wait()
+        psutil.wait_procs(left)
         raise
 
 

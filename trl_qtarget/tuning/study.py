@@ -164,16 +164,19 @@ class Study:
             if another := self._another_round(rounds):
                 self._main.set_user_attr(ROUNDS, [*rounds, another])
             else:
-                self._main.set_user_attr(FINALISTS, self._choose_finalists())
-                self._main.set_user_attr(LOOKED, 1)
+                finalists = self._choose_finalists()
+                self._main.set_user_attr(LOOKED, 1)  # before the finalists, which say that the confirmation has begun
+                self._main.set_user_attr(FINALISTS, finalists)
             return True
-        count = self._main.user_attrs[LOOKED] * self.plan.seeds * len(self.configurations)
+        looks = self.looks
+        count = looks * self.plan.seeds * len(self.configurations)
         if (trial := self.confirmation.take(count)) is not None:
             self._confirm(trial)
             return True
         if len(self.confirmation.finished()) < count:
             return False
-        self._main.set_user_attr(LOOKED, self._main.user_attrs[LOOKED] + 1)  # not done, so the first look left it open
+        if not self.done:  # so this look has left it open
+            self._main.set_user_attr(LOOKED, looks + 1)
         return True
 
     def _another_round(self, rounds: list[list[str]]) -> list[str] | None:

@@ -151,6 +151,9 @@ def judge(
         )
     if not all(np.isfinite(each).all() for each in (*arrays.values(), *baselines)):
         raise ValueError("`candidates` or `sft` hold a score that is NaN or infinite: leave it out.")
+    level = LEVEL / (LOOKS * max(1, len(arrays)))
+    if not arrays:  # none has come through its trainings
+        return Verdict((), None, level)
     variance, freedom = training_variance([*baselines, *arrays.values()])
     baseline = sum(baselines) / len(baselines)
 
@@ -164,7 +167,6 @@ def judge(
         degrees = (over_trainings + over_prompts) ** 2 / weights if weights > 0 else freedom
         return Difference(value, squared**0.5, min(degrees, freedom + shape[1] - 1))
 
-    level = LEVEL / (LOOKS * max(1, len(arrays)))
     judged = []
     for name, scores in arrays.items():
         difference = compared(scores, baseline, len(baselines))
