@@ -103,8 +103,10 @@ def main(arguments: Sequence[str]) -> int:
     study = Study(plan, _storage(given.storage, plan.folder), given.study_name)
     try:
         with _terminable():
-            if workers > 1 and not study.done and (status := _share(arguments, workers)):
-                return status
+            if workers > 1 and not study.done:
+                status = _share(arguments, workers)
+                if status and not study.done:  # of a worker that died, the others may have done the rest
+                    return status
             study.work()
     except KeyboardInterrupt:
         sys.stderr.write("trl-qtarget tune: interrupted; the same command goes on.\n")
@@ -333,7 +335,7 @@ def _share(arguments: Sequence[str], workers: int) -> int:
     """Run so many processes of the same command, one per GPU where there are any.
 
     Returns:
-        The first status that is not 0.
+        The first status that is not 0; 128 + n where signal n has ended a worker.
     """
     devices = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
     devices = devices or [str(number) for number in range(torch.cuda.device_count())]
@@ -343,7 +345,7 @@ def _share(arguments: Sequence[str], workers: int) -> int:
         command = [sys.executable, "-m", "trl_qtarget.cli", "tune", *arguments, "--workers", "1"]
         processes.append(subprocess.Popen(command, env=os.environ | chosen, stdout=subprocess.DEVNULL))
     try:
-        return next((status for status in [process.wait() for process in processes] if status), 0)
+        statuses = [process.wait() for process in processes]
     except KeyboardInterrupt:
         # A terminal has told them too, and a second signal would cut short what they do about it.
         _, left = psutil.wait_procs(
@@ -354,6 +356,7 @@ def _share(arguments: Sequence[str], workers: int) -> int:
                 process.send_signal(signal.SIGINT)
         psutil.wait_procs(left)
         raise
+    return next((128 - status if status < 0 else status for status in statuses if status), 0)
 
 
 @contextmanager

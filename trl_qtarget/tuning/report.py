@@ -151,7 +151,7 @@ def _without_empty(table: list[list[str]]) -> list[list[str]]:
 
 
 def _search_rows(study: Study) -> list[list[str]]:
-    header = ["method", "trials", "pruned", "failed", "best score", "settings", "hours"]
+    header = ["method", "trials", "pruned", "failed", "best score", "settings", "time"]
     lines = []
     for candidate in study.plan.candidates:
         trials, best = study.search_trials(candidate.name), study.best(candidate.name)
