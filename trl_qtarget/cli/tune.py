@@ -11,7 +11,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,9 +21,12 @@ import yaml
 from datasets import Dataset, load_dataset
 
 from ..target.config import QTargetConfig
-from .launch import command_of
-from .options import read_method
-from .recipe import recipe_of, refuse, separated
+from .device import cpu_words
+from .errors import check_installed, say
+from .launch import check
+from .noise import quiet
+from .options import read_method, refuse
+from .recipe import names_given, recipe_of, separated
 from .sft import load_data, local_format, split_of
 from .sft import make_parser as sft_parser
 
@@ -85,8 +87,8 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ValueError: an argument is wrong.
     """
-    if not all(map(find_spec, ("optuna", "mpmath", "matplotlib", "psutil"))):
-        raise ValueError("`tune` needs Optuna and what goes with it: pip install 'trl-qtarget[tune]'.")
+    for package in ("optuna", "mpmath", "matplotlib"):
+        check_installed(package, "tune", "tune")
     import optuna
 
     from ..tuning import report
@@ -109,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
                     return status
             study.work()
     except KeyboardInterrupt:
-        sys.stderr.write("trl-qtarget tune: interrupted; the same command goes on.\n")
+        say("tune", "interrupted: the same command goes on.")
         return INTERRUPTED
     sys.stdout.write(f"{report.write(study)}\n{plan.folder / 'report.html'}\n{plan.folder / 'best.yaml'}\n")
     return 0
@@ -228,8 +230,12 @@ def _checked(recipe: dict[str, Any], candidates: Sequence[Any], folder: Path) ->
         for number, options in enumerate([{"method": "sft"}, *(each.options(each.defaults) for each in candidates)]):
             files.append(Path(scratch) / f"{number}.yaml")
             files[-1].write_text(yaml.safe_dump(recipe | options | evaluated, allow_unicode=True), encoding="utf-8")
-            command_of(["--config", str(files[-1])])
-        parsed = sft_parser().parse_args_and_config(["--config", str(files[0])], return_remaining_strings=True)
+            check(["--config", str(files[-1])])
+        words = ["--config", str(files[0])]
+        with quiet():
+            parsed = sft_parser().parse_args_and_config(
+                [*words, *cpu_words(names_given(words))], return_remaining_strings=True
+            )
     return parsed[:4]
 
 
@@ -308,7 +314,7 @@ def _launch(recipe: Path, log: Path, until: Callable[[], bool]) -> int:
     """Train as `trl-qtarget sft --config recipe` does."""
     from ..tuning.process import run_job
 
-    return run_job(command_of(["--config", str(recipe)]), log, until)
+    return run_job(check(["--config", str(recipe)]).job, log, until)
 
 
 def _storage(text: str | None, folder: Path) -> Any:
