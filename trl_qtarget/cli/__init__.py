@@ -13,6 +13,7 @@ from .errors import is_mistake, say, take_debug, write_anywhere
 # Name: (module, what it does). A module is imported when its command is called, for some of them take seconds.
 COMMANDS = {
     "sft": ("launch", "fine-tune a model toward a target; the arguments of `trl sft`, and the target's"),
+    "tune": ("tune", "find the target for a model and its data, and say whether it beats plain SFT beyond chance"),
     "cache": ("cache", "run a teacher once over a dataset, and keep what it says for later trainings"),
     "inspect": ("inspect", "write a page that shows what methods teach, token by token, on your own examples"),
     "plot": ("plot", "draw methods as functions of the label's probability, or the curves of runs"),

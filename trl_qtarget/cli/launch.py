@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from accelerate.commands.launch import launch_command_parser
@@ -46,6 +46,36 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ValueError: an argument is wrong; nothing has been started.
     """
+    checked = check(arguments)
+    with one_launch():
+        if checked.on_cpu:
+            say("sft", NO_GPU)
+        status = run(checked.job)
+        if status == 128 + signal.SIGINT:
+            say("sft", interrupted(checked.output_dir))
+    return status
+
+
+class Checked(NamedTuple):
+    """A training whose arguments are right.
+
+    Attributes:
+        job: the command that runs it, less its last argument, the pipe of who watches it.
+        on_cpu: whether it runs there because there is nothing else.
+        output_dir: where it writes.
+    """
+
+    job: list[str]
+    on_cpu: bool
+    output_dir: str
+
+
+def check(arguments: Sequence[str]) -> Checked:
+    """What `trl-qtarget sft` would start.
+
+    Raises:
+        ValueError: an argument is wrong.
+    """
     arguments = separated(arguments)
     given = names_given(arguments)
     on_cpu = cpu_words(given)
@@ -74,14 +104,8 @@ def main(arguments: Sequence[str]) -> int:
     checkpoint_of(training, resolved_target(config, model, reference), going_on.allow_new_target)
     check_data(script, mixture)
     check_model(model)
-    with one_launch():
-        if on_cpu:
-            say("sft", NO_GPU)
-        job = [sys.executable, "-m", JOB, *launch_arguments, "--module", SCRIPT, *script_arguments]
-        status = run(job)
-        if status == 128 + signal.SIGINT:
-            say("sft", interrupted(training.output_dir))
-    return status
+    job = [sys.executable, "-m", JOB, *launch_arguments, "--module", SCRIPT, *script_arguments]
+    return Checked(job, bool(on_cpu), training.output_dir)
 
 
 def _uses_deepspeed(launched: Any, training: SFTConfig) -> bool:
