@@ -97,7 +97,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     page = (ROOT / "trl_qtarget" / "inspection").glob("*.*")
     files = {str(path.relative_to(ROOT)) for path in page if path.suffix in (".html", ".css", ".js")}
     assert len(files) == 5
-    assert modules | files | {"trl_qtarget/py.typed"} == {name for name in names if ".dist-info/" not in name}
+    files |= {"trl_qtarget/py.typed", "trl_qtarget/cli/sft_help.txt"}
+    assert modules | files == {name for name in names if ".dist-info/" not in name}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
