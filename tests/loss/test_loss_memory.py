@@ -4,10 +4,11 @@ import weakref
 
 import pytest
 import torch
+from measured import CLOSED
 from problems import make_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss
+from trl_qtarget import QTargetConfig, linear_qtarget_loss
 from trl_qtarget.loss import chunks
 from trl_qtarget.loss.kernels import plain
 from trl_qtarget.target import embeddings
@@ -62,7 +63,7 @@ def chunk_bytes(monkeypatch):
     return 4 * chunks._CHUNK_ELEMENTS
 
 
-@pytest.mark.parametrize("name", [*METHODS, "neighbors"])
+@pytest.mark.parametrize("name", [*CLOSED, "neighbors"])
 def test_memory_of_the_loss(name, chunk_bytes):
     problem = make_problem(TOKENS, VOCABULARY, WIDTH, 40, bias=False)
     free = QTargetConfig(None, trust="probability", residual="neighbors", top_k=2)

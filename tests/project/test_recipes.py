@@ -13,6 +13,7 @@ from launch import environment
 from thinned import thinned
 from training import warm_model
 
+from trl_qtarget import QTargetConfig
 from trl_qtarget.cli.launch import main as launch
 from trl_qtarget.cli.sft import make_parser
 
@@ -30,9 +31,10 @@ def _recipe_id(recipe: Path) -> str:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=_recipe_id)
 def test_recipe_names_only_what_exists(recipe):
-    *_, target, _, left = make_parser().parse_args_and_config(
+    *parsed, left = make_parser().parse_args_and_config(
         ["--config", str(recipe), "--use_cpu", "--bf16", "False"], return_remaining_strings=True
     )
+    target = next(part for part in parsed if isinstance(part, QTargetConfig))
     assert left == []
     assert target.method == yaml.safe_load(recipe.read_text())["method"]
     # The command that its comment gives is one of its own name.
