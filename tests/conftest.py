@@ -32,16 +32,12 @@ def pytest_configure(config):
 
 
 # Files whose fixtures are jobs of two processes, trainings of a command, or a browser: one worker runs all of each, so
-# that none is started twice.
+# that none is started twice. All jobs are one group: two at a time would wait for each other's cores.
+_JOBS = ("test_scale", "test_sharded_heads", "test_contract_sharded", "test_quantized", "test_interruption")
 _TOGETHER = {
+    **dict.fromkeys(_JOBS, "jobs"),
     **dict.fromkeys(("test_inspection_page", "test_inspection_display"), "browser"),
-    **{
-        name: name
-        for name in (
-            *("test_scale", "test_sharded_heads", "test_contract_sharded", "test_quantized", "test_interruption"),
-            *("test_sft_script", "test_recipes", "test_plot", "test_package"),
-        )
-    },
+    **{name: name for name in ("test_sft_script", "test_recipes", "test_plot", "test_package")},
 }
 
 
