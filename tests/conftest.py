@@ -37,7 +37,7 @@ _JOBS = ("test_scale", "test_sharded_heads", "test_contract_sharded", "test_quan
 _TOGETHER = {
     **dict.fromkeys(_JOBS, "jobs"),
     **dict.fromkeys(("test_inspection_page", "test_inspection_display"), "browser"),
-    **{name: name for name in ("test_sft_script", "test_recipes", "test_plot", "test_package")},
+    **{name: name for name in ("test_sft_script", "test_recipes", "test_plot", "test_package", "test_study")},
 }
 
 

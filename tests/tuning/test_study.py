@@ -115,6 +115,7 @@ def test_runs_to_its_verdict(whole, folder):
     assert not list((folder / "whole" / "search").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_killed_it_ends_with_the_same_trials(whole, folder, monkeypatch):
     """In the middle of a trial, before another, and in the confirmation; taken up where it was."""
     monkeypatch.setattr("trl_qtarget.tuning.slots._me", lambda: [socket.gethostname(), 0, 0.0])
