@@ -150,41 +150,27 @@ def build(name: str, mode: str, directory: str, arguments: argparse.Namespace) -
         lora = LoraConfig(
             r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
         )
+    data = {"train_dataset": _dataset(arguments), "processing_class": _tokenizer(), "peft_config": lora}
     trainer_class, target = SFTTrainer, {}
     if package == "qtarget":
         trainer_class, target = QTargetSFTTrainer, {"qtarget_config": method}
     if name.endswith(_REFERENCE):
         target["ref_model"] = _model(mode, directory, arguments)
     if name.endswith(_CACHE):
-        target["prior_cache"] = str(_cache(mode, directory, config, lora, arguments))
-    trainer = trainer_class(
-        _model(mode, directory, arguments),
-        config,
-        train_dataset=_dataset(arguments),
-        processing_class=_tokenizer(),
-        peft_config=lora,
-        **target,
-    )
+        target["prior_cache"] = str(_cache(mode, directory, config, data, arguments))
+    trainer = trainer_class(_model(mode, directory, arguments), config, **data, **target)
     trainer.remove_callback(PrinterCallback)
     timer = StepTimer(arguments.device)
     trainer.add_callback(timer)
     return trainer, timer
 
 
-def _cache(
-    mode: str, directory: str, config: SFTConfig, lora: LoraConfig | None, arguments: argparse.Namespace
-) -> Path:
+def _cache(mode: str, directory: str, config: SFTConfig, data: dict[str, Any], arguments: argparse.Namespace) -> Path:
     """A cache of what the model says before it is trained."""
     folder = Path(directory) / f"cache-{mode}"
-    frozen = "start" if lora is None else "base"
-    trainer = QTargetSFTTrainer(
-        _model(mode, directory, arguments),
-        config,
-        train_dataset=_dataset(arguments),
-        processing_class=_tokenizer(),
-        peft_config=lora,
-        qtarget_config=QTargetConfig(method=None, trust="zero", residual="prior", prior=frozen),
-    )
+    frozen = "start" if data["peft_config"] is None else "base"
+    asked = QTargetConfig(method=None, trust="zero", residual="prior", prior=frozen)
+    trainer = QTargetSFTTrainer(_model(mode, directory, arguments), config, **data, qtarget_config=asked)
     write_cache(trainer, folder, "top_k", min(_CACHED_TOKENS, MODELS[arguments.model]["vocab_size"]))
     return folder
 

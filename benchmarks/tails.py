@@ -6,7 +6,7 @@ would share the mass (`policy`), evenly (`uniform`), none with the k renormalise
 (`dropped`). Numbers are relative: of all tokens' gradients together, and of their mean.
 
     python -m benchmarks.tails --model FOLDER
-    python -m benchmarks.tails --model tiny --prompts 2 --k 4 --output /tmp/tails.csv
+    python -m benchmarks.tails --model FOLDER --prompts 2 --steps 2 --k 8 --output /tmp/tails.csv
 """
 
 import copy

@@ -20,9 +20,10 @@ from trl import DatasetMixtureConfig, ScriptArguments
 from trl.scripts.utils import DatasetConfig
 
 from trl_qtarget import METHODS, QTargetConfig, QTargetSFTTrainer, __version__, cli
+from trl_qtarget.cli.data import load_data, split_of
 from trl_qtarget.cli.launch import with_accelerate_config
 from trl_qtarget.cli.methods import describe
-from trl_qtarget.cli.sft import ReferenceArguments, load_data, load_reference, make_parser, names_method, split_of
+from trl_qtarget.cli.sft import ReferenceArguments, load_reference, make_parser, names_method
 
 
 ROWS = [

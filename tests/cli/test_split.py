@@ -7,7 +7,7 @@ from datasets import IterableDataset, load_dataset
 from trl import DatasetMixtureConfig, ScriptArguments
 from trl.scripts.utils import DatasetConfig
 
-from trl_qtarget.cli.sft import load_data
+from trl_qtarget.cli.data import load_data
 
 
 ROWS = [{"text": f"row {number}"} for number in range(40)]

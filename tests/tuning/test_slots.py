@@ -70,7 +70,8 @@ def test_a_silent_worker_elsewhere_is_waited_for(tmp_path, monkeypatch):
     now[0] += slots.PATIENCE - 1
     assert second.take(1) is None
     now[0] += 2
-    assert second.take(1) is not None
+    taken = second.take(1)
+    assert taken.user_attrs[slots.PLACE] == 0 and taken.user_attrs[slots.ATTEMPTS] == 2
 
 
 def test_trial_that_kills_its_workers_is_given_up(tmp_path):

@@ -1,12 +1,12 @@
 """`trl-qtarget`: the command line."""
 
-import difflib
 import importlib
 import importlib.resources
 import signal
 import sys
 from collections.abc import Sequence
 
+from ..target.shown import nearest
 from .errors import is_mistake, say, take_debug, write_anywhere
 
 
@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"trl-qtarget {__version__}\n")
         return 0
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f": did you mean `{near[0]}`?" if near else f": there are {', '.join(COMMANDS)}."
+        near = nearest(name, COMMANDS)
+        hint = f": did you mean {near[0]}?" if near else f": there are {', '.join(COMMANDS)}."
         sys.stderr.write(f"trl-qtarget: unknown command `{name}`{hint}\n")
         return 2
     if name in SHORT_HELP and ("-h" in arguments or "--help" in arguments):

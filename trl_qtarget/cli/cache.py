@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from accelerate.commands.launch import launch_command_parser
-from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, get_peft_config, get_quantization_config
 
 from ..priors.store import FORMS
 from ..target.config import QTargetConfig
 from ..training.caching import write_cache
 from ..training.data import kept_by_truncation
-from ..training.trainer import QTargetSFTTrainer
 from .options import check_known
 from .recipe import Parser, separated
-from .sft import ReferenceArguments, check_model, init_kwargs, load_data, load_reference, split_of
+from .sft import RECIPE, check_model, make_trainer
 
 
 @dataclass
@@ -39,12 +37,11 @@ def main(arguments: Sequence[str]) -> int:
         ValueError: an argument is wrong.
     """
     arguments = separated(arguments)
-    recipe = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, QTargetConfig, ReferenceArguments)
-    parser = Parser((CacheArguments, *recipe), prog="trl-qtarget cache")
+    parser = Parser((CacheArguments, *RECIPE), prog="trl-qtarget cache")
     *parsed, of_config, left = parser.parse_args_and_config(
         [*arguments, "--deepspeed", ""], return_remaining_strings=True, separate_remaining_strings=True
     )
-    wanted, script, training, model, mixture, target, reference = parsed
+    wanted, script, training, model, mixture, target, reference, _ = parsed
     launcher = [*launch_command_parser()._option_string_actions, "--accelerate_config"]
     check_known(of_config, launcher, parser._option_string_actions)
     check_known(left, [], parser._option_string_actions)
@@ -62,22 +59,11 @@ def main(arguments: Sequence[str]) -> int:
     # The whole text is what an example is found by, however long a piece of it is read here or trained on.
     training.max_length, training.packing, training.eval_packing, training.shuffle_dataset = None, False, False, False
     training.padding_free, training.loss_type = False, "nll"
-    training.model_init_kwargs = {**init_kwargs(model, training), **(training.model_init_kwargs or {})}
-    dataset, has_evaluation = load_data(script, mixture), training.eval_strategy != "no"
-    peft_config = get_peft_config(model)
     # The target only asks for the prior itself. Of a policy that is not trained, the start is the model as it is.
-    frozen = "base" if peft_config is not None and target.prior != "start" else "start"
-    asked = QTargetConfig(method=None, trust="zero", residual="prior", prior=frozen)
-    trainer = QTargetSFTTrainer(
-        model=model.model_name_or_path,
-        args=training,
-        train_dataset=split_of(dataset, script.dataset_train_split, "dataset_train_split"),
-        eval_dataset=split_of(dataset, script.dataset_test_split, "dataset_test_split") if has_evaluation else None,
-        quantization_config=get_quantization_config(model),
-        peft_config=peft_config,
-        qtarget_config=asked if reference.ref_model_name_or_path is None else replace(asked, prior="auto"),
-        ref_model=load_reference(reference, training),
-    )
+    frozen = "base" if model.use_peft and target.prior != "start" else "start"
+    prior = frozen if reference.ref_model_name_or_path is None else "auto"
+    asked = QTargetConfig(method=None, trust="zero", residual="prior", prior=prior)
+    trainer = make_trainer(script, training, model, mixture, asked, replace(reference, prior_cache=None))
     write_cache(trainer, training.output_dir, wanted.form, wanted.k, kept)
     sys.stdout.write(f"{training.output_dir} has what {trainer.prior_choice.title} says of the dataset.\n")
     return 0

@@ -24,6 +24,7 @@ from ..priors.choice import PolicyFacts, check_models, choose_prior
 from ..target.config import QTargetConfig
 from ..target.methods import METHODS
 from ..training.resolve import resolve_config
+from .data import check_format, load_data, split_of
 from .device import ON_CPU
 from .errors import check_installed
 from .options import check_known, read_method
@@ -31,11 +32,8 @@ from .recipe import Parser, separated
 from .sft import (
     RECIPE,
     check_extras,
-    check_format,
     init_kwargs,
-    load_data,
     load_reference,
-    split_of,
     target_of,
 )
 

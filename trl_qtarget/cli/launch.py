@@ -13,6 +13,7 @@ from accelerate.commands.launch import launch_command_parser
 from trl import SFTConfig
 
 from ..training.resolve import resolve_config
+from .data import check_data
 from .device import cpu_words
 from .errors import check_installed, one_launch, say
 from .noise import quiet
@@ -20,7 +21,6 @@ from .options import check_known, refuse, suggestion
 from .recipe import names_given, separated
 from .sft import (
     NO_GPU,
-    check_data,
     check_extras,
     check_model,
     checkpoint_of,

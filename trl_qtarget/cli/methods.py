@@ -10,6 +10,7 @@ from typing import Any
 from ..target.config import QTargetConfig
 from ..target.methods import GROUPS, METHODS, find_method
 from ..target.objective import Method, designs_of, knobs_of
+from ..target.shown import number
 from ..target.values import unit_scale
 from .options import refuse, suggestion
 
@@ -70,11 +71,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def _knobs(row: Method) -> str:
-    return ", ".join(f"{knob}={_shown(default)}" for knob, default in row.knobs.items())
-
-
-def _shown(default: float | str) -> str:
-    return default if isinstance(default, str) else f"{default:g}"
+    return ", ".join(f"{knob}={number(default)}" for knob, default in row.knobs.items())
 
 
 def _grouped(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
@@ -129,7 +126,7 @@ def markdown(names: Iterable[str] = METHODS) -> str:
         ]
         for name in members:
             row = METHODS[name]
-            knobs = ", ".join(f"{knob} ({_shown(default)})" for knob, default in row.knobs.items())
+            knobs = ", ".join(f"{knob} ({number(default)})" for knob, default in row.knobs.items())
             source = f"[{row.arxiv}](https://arxiv.org/abs/{row.arxiv})" if row.arxiv else ""
             cells = (f"`{name}`", f"`{row.loss}`", f"`{row.trust}`", f"`{row.residual}`")
             cells = (*cells, knobs, row.prior or "–", source)
@@ -149,7 +146,7 @@ def explain(name: str) -> str:
     if row.scale is not unit_scale:
         lines.append(f"scale             {facts['scale']}")
     for knob, known in facts["knobs"].items():
-        lines.append(f"knob              {knob} = {_shown(known['default'])}, {known['range']}")
+        lines.append(f"knob              {knob} = {number(known['default'])}, {known['range']}")
     if row.prior:
         every = f", copied every {row.prior_sync_steps} optimiser steps" if row.prior_sync_steps else ""
         lines.append(f"prior             {_PRIORS[row.prior]}{every}")

@@ -1,6 +1,5 @@
 """What the commands share: methods as a word, and what was probably meant by options that no parser knows."""
 
-import difflib
 import json
 import os
 import re
@@ -9,6 +8,7 @@ from typing import Any, NoReturn
 
 from ..target.config import QTargetConfig
 from ..target.methods import METHODS
+from ..target.shown import nearest
 
 
 def refuse(message: str) -> NoReturn:
@@ -18,8 +18,8 @@ def refuse(message: str) -> NoReturn:
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     """`: did you mean ...?` with the nearest known names; empty if none is near."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
-    return f": did you mean {' or '.join(f'`{each}`' for each in near)}?" if near else ""
+    near = nearest(name, known, most=3)
+    return f": did you mean {' or '.join(near)}?" if near else ""
 
 
 def check_known(remaining: Iterable[str], accepted: Iterable[str], known: Iterable[str]) -> None:

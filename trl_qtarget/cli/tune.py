@@ -21,13 +21,13 @@ import yaml
 from datasets import Dataset, load_dataset
 
 from ..target.config import QTargetConfig
+from .data import load_data, local_format, split_of
 from .device import cpu_words
 from .errors import check_installed, say
 from .launch import check
 from .noise import quiet
 from .options import read_method, refuse
 from .recipe import names_given, recipe_of, separated
-from .sft import load_data, local_format, split_of
 from .sft import make_parser as sft_parser
 
 

@@ -43,10 +43,6 @@ def method_curves(configs: Sequence[QTargetConfig], prior_label_prob: float = 0.
     for config in configs:
         if config.uses_token_weights:
             raise ValueError(f"{config.label} follows the dataset's weights, not a probability: leave it out.")
-        if config.open_knobs:
-            raise ValueError(
-                f"`{config.open_knobs[0]}` of {config.label} is measured on the data of a training: give a number."
-            )
         if config.residual == "neighbors":
             raise ValueError("`residual='neighbors'` depends on a model's embeddings: leave it out.")
         uses_prior = config.objective(has_prior=True).uses_prior

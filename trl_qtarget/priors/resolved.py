@@ -8,6 +8,7 @@ from .. import __version__
 from ..target.config import QTargetConfig
 from ..target.methods import METHODS
 from ..target.objective import designs_of, knobs_of
+from ..target.shown import number
 from .choice import PriorChoice, PriorKind
 
 
@@ -64,8 +65,7 @@ class ResolvedTarget:
     @property
     def line(self) -> str:
         """All of it in one line, for a log."""
-        given = self.config.knobs.items()
-        knobs = ", ".join(f"{name}={value if isinstance(value, str) else f'{value:g}'}" for name, value in given)
+        knobs = ", ".join(f"{name}={number(value)}" for name, value in self.config.knobs.items())
         asked = f" (asked for: {self.requested.label})" if self.became_another else ""
         words = [f"{self.config.label}{asked}", *([knobs] if knobs else [])]
         words.append(f"the prior is {self.prior_title}" if self.prior else "no prior")

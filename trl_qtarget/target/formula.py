@@ -6,7 +6,6 @@ computed. All of them are numbers per token, so a formula runs in the fused loss
 """
 
 import ast
-import difflib
 import inspect
 import math
 import operator
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .registry import KNOBS, TILE_STATISTICS
+from .shown import nearest
 from .tile import Tile
 
 
@@ -224,8 +224,8 @@ class Formula:
         )
 
     def _unknown(self, name: str) -> ValueError:
-        near = difflib.get_close_matches(name, KNOWN, n=1)
-        meant = f" Did you mean `{near[0]}`?" if near else ""
+        near = nearest(name, KNOWN)
+        meant = f" Did you mean {near[0]}?" if near else ""
         return self._wrong(
             f"`{name}` is not known.{meant} Known are {', '.join(VARIABLES)}; the knobs {', '.join(KNOBS)}; the "
             f"functions {', '.join(_FUNCTIONS)}."

@@ -9,11 +9,11 @@ defaults, and where the prior comes from. All of the gradient is in these column
 its height says nothing about another method's height.
 """
 
-import difflib
 from types import MappingProxyType
 
 from .measured import AUTO
 from .objective import Method
+from .shown import nearest
 from .values import (
     adaptive_power_loss,
     anchor_scale,
@@ -315,8 +315,8 @@ def find_method(name: str) -> Method:
         ValueError: no such method; the message lists them.
     """
     if not isinstance(name, str) or name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1) if isinstance(name, str) else []
-        meant = f": did you mean `{near[0]}`?" if near else "."
+        near = nearest(name, METHODS) if isinstance(name, str) else []
+        meant = f": did you mean {near[0]}?" if near else "."
         raise ValueError(
             f"`method={name!r}` is unknown{meant} Known methods: {', '.join(METHODS)}. For a free combination set "
             "`method=None` with `trust=...` and `residual=...`."

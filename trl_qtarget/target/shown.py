@@ -1,6 +1,8 @@
-"""Values in messages, whatever they are."""
+"""Values in messages, whatever they are, and what was probably meant by a wrong name."""
 
+import difflib
 import reprlib
+from collections.abc import Iterable
 
 
 class _Shown(reprlib.Repr):
@@ -17,3 +19,13 @@ class _Shown(reprlib.Repr):
 
 
 shown = _Shown().repr
+
+
+def number(value: float | str) -> str:
+    """A knob's value: a number without needless digits, or the word that stands for one."""
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
+    """The known names that are near to one that is not, the nearest first, in backticks."""
+    return [f"`{each}`" for each in difflib.get_close_matches(name, list(known), n=most)]

@@ -18,6 +18,7 @@ from ..priors.cached import ROWS_KEY
 from ..priors.choice import PriorChoice
 from ..target.config import QTargetConfig
 from ..target.measured import Knowledge
+from ..target.tile import sequence_means
 from .data import SEQUENCES_KEY, WEIGHTS_KEY, sequences_of
 
 
@@ -134,8 +135,8 @@ def measure_knowledge(
         # Who has none left runs another's, since all processes take part in the pass of a sharded model.
         inputs = collate(batches[first + share if is_own else first])
         found = _sequence_means(tokens_of(inputs), inputs)
-        means += found if is_own else []
-    own = torch.stack(means) if means else torch.zeros(0, device=accelerator.device)
+        means += [found] if is_own else []
+    own = torch.cat(means) if means else torch.zeros(0, device=accelerator.device)
     # Processes have different numbers of sequences: NaN fills them up, so a NaN of the policy is infinity here.
     own = own.nan_to_num(nan=torch.inf, posinf=torch.inf)
     padded = accelerator.pad_across_processes(own, pad_index=torch.nan)
@@ -151,13 +152,12 @@ def measure_knowledge(
     return Knowledge(torch.quantile(every, 0.25).item(), len(every))
 
 
-def _sequence_means(tokens: LinearQTargetOutput, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """The mean NLL of the labels of each sequence of a batch that has any."""
+def _sequence_means(tokens: LinearQTargetOutput, inputs: Mapping[str, Any]) -> Tensor:
+    """The mean NLL of the labels of each sequence of a batch that has any, one number per sequence."""
     sequences = sequences_of(inputs)
     # Prompt learning has put virtual tokens before the text, which belong to no sequence.
     virtual = len(tokens.nll) // len(sequences) - sequences.size(1)
-    sequences = next_token(F.pad(sequences, (virtual, 0))).to(tokens.nll.device)
-    means = []
-    for number in sequences[tokens.scored].unique():
-        means.append(tokens.nll[tokens.scored & (sequences == number)].float().mean())
-    return means
+    sequences = next_token(F.pad(sequences, (virtual, 0))).to(tokens.nll.device)[tokens.scored]
+    means = sequence_means(tokens.nll[tokens.scored].float(), sequences)
+    names, place = sequences.unique(return_inverse=True)
+    return means.new_zeros(len(names)).scatter_(0, place, means)

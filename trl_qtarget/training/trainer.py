@@ -121,7 +121,6 @@ class QTargetSFTTrainer(CheckpointMixin, SettlingMixin, SFTTrainer):
                 "`metric_for_best_model='eval_loss'` would take the objective's own value."
             )
         check_kernel(self.qtarget_config.kernel, self.accelerator.device)
-        # A subclass of TRL's collators is the user's own, and left alone.
         if self.prior_choice.cache is not None and type(self.data_collator) is DataCollatorForVisionLanguageModeling:
             raise ValueError(
                 "`prior_cache` is of the tokens of a text, and the tokens of images are made in the data collator: "
@@ -132,6 +131,7 @@ class QTargetSFTTrainer(CheckpointMixin, SettlingMixin, SFTTrainer):
                 "`token_weight_column` counts the tokens of a text, and the tokens of images are made in the data "
                 "collator: pass a `data_collator` that returns `token_weights`, or a text dataset."
             )
+        # A subclass of TRL's collators is the user's own, and left alone.
         if self._token_columns and type(self.data_collator) is DataCollatorForLanguageModeling:
             self.data_collator = TokenColumnCollator.extending(self.data_collator, self._token_columns)
         add_target_head(base_model_of(self.model))
