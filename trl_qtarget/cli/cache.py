@@ -1,12 +1,15 @@
 """`trl-qtarget cache`: run a teacher, or the base, once over a dataset, and keep what it says of every label."""
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from accelerate.commands.launch import launch_command_parser
+from transformers import AutoConfig, AutoTokenizer
 
+from ..priors.prompt_logprobs import write_prompt_logprobs
 from ..priors.store import FORMS
 from ..target.config import QTargetConfig
 from ..training.caching import write_cache
@@ -37,6 +40,8 @@ def main(arguments: Sequence[str]) -> int:
         ValueError: an argument is wrong.
     """
     arguments = separated(arguments)
+    if any(item.partition("=")[0] == "--prompt_logprobs" for item in arguments):
+        return _convert(arguments)
     parser = Parser((CacheArguments, *RECIPE), prog="trl-qtarget cache")
     *parsed, of_config, left = parser.parse_args_and_config(
         [*arguments, "--deepspeed", ""], return_remaining_strings=True, separate_remaining_strings=True
@@ -66,4 +71,22 @@ def main(arguments: Sequence[str]) -> int:
     trainer = make_trainer(script, training, model, mixture, asked, replace(reference, prior_cache=None))
     write_cache(trainer, training.output_dir, wanted.form, wanted.k, kept)
     sys.stdout.write(f"{training.output_dir} has what {trainer.prior_choice.title} says of the dataset.\n")
+    return 0
+
+
+def _convert(arguments: Sequence[str]) -> int:
+    """Make a cache of what an engine has listed; no model runs."""
+    parser = argparse.ArgumentParser("trl-qtarget cache", allow_abbrev=False)
+    parser.add_argument("--prompt_logprobs", required=True, help="Requests of an engine such as vLLM, as JSON lines.")
+    parser.add_argument(
+        "--model_name_or_path", required=True, help="The engine's model: its tokenizer and vocabulary."
+    )
+    parser.add_argument("--output_dir", required=True, help="The folder of the cache.")
+    parser.add_argument("--k", type=int, default=CacheArguments.k, help="Tokens that are kept at every place.")
+    wanted = parser.parse_args(arguments)
+    name = wanted.model_name_or_path
+    vocabulary = AutoConfig.from_pretrained(name).get_text_config().vocab_size
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    manifest = write_prompt_logprobs(wanted.prompt_logprobs, wanted.output_dir, tokenizer, name, vocabulary, wanted.k)
+    sys.stdout.write(f"{wanted.output_dir} has what {manifest.prior} says of the dataset.\n")
     return 0

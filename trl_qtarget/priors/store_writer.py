@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save
 from torch import Tensor
 
+from ..files import replacing
 from .store import MANIFEST, Manifest
 
 
@@ -189,3 +190,32 @@ def write_tensors(directory: Path, begins: str, tensors: Mapping[str, Tensor]) -
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, directory / f"{begins}{hashlib.sha256(data).hexdigest()[:16]}.safetensors")
+
+
+def write_card(directory: Path, manifest: Manifest) -> None:
+    """Say in the cache's folder what it is."""
+    with replacing(directory / "README.md") as file:
+        file.write_text(_card(manifest), encoding="utf-8")
+
+
+def _card(manifest: Manifest) -> str:
+    what = (
+        "`hidden[R, H]`, the final hidden states before the head, which is in `head.*.safetensors`"
+        if manifest.form == "hidden"
+        else "`ids[R, k]` and `log_probs[R, k]`, the most probable tokens; `label_log_probs[R]`; `rest_log_mass[R]`, "
+        "the log-probability of all other tokens together"
+    )
+    return f"""---
+tags: [trl-qtarget, distillation]
+---
+
+# What {manifest.prior} has said
+
+Written by `trl-qtarget cache` {manifest.package}; `manifest.json` says of which model. To train toward it:
+`QTargetSFTTrainer(..., prior_cache="this folder")`, or `trl-qtarget sft --prior_cache`.
+
+Every `*-*.safetensors` is a shard of examples, and a row of it one labelled token (`safetensors.torch.load_file`):
+`keys[E, 16]`, BLAKE2b-128 of an example's token ids as little-endian int64; `starts[E + 1]`, its rows are `starts[e]`
+to `starts[e + 1]`; `positions[R]`, the token's place in its example; {what}. Logarithms are natural. What is said of
+the token at a position comes from those before it. The last part of a file's name begins its SHA-256.
+"""

@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .. import __version__
-from ..files import replacing
 from ..gemm import Head
 from ..loss.body import inference
 from ..loss.head import gathered
@@ -25,7 +24,17 @@ from ..loss.request import IGNORE_INDEX, PriorStates
 from ..priors.base import base_model_of
 from ..priors.record import fingerprints
 from ..priors.store import FORMS, Manifest, heads_in, key_of, tokenizer_fingerprint
-from ..priors.store_writer import SHARD_BYTES, Example, Unit, begin, is_there, units_of, write, write_tensors
+from ..priors.store_writer import (
+    SHARD_BYTES,
+    Example,
+    Unit,
+    begin,
+    is_there,
+    units_of,
+    write,
+    write_card,
+    write_tensors,
+)
 from .trainer import QTargetSFTTrainer
 
 
@@ -86,8 +95,7 @@ def write_cache(
     bar = tqdm(total=total, unit="label", disable=trainer.args.disable_tqdm)
     with bar:
         write(directory, units, lambda unit: writer.say(unit, rows), lambda unit: bar.update(unit.rows))
-    with replacing(directory / "README.md") as file:
-        file.write_text(_card(writer.manifest), encoding="utf-8")
+    write_card(directory, writer.manifest)
 
 
 def _rows_of(trainer: QTargetSFTTrainer) -> Iterator[Dataset]:
@@ -219,26 +227,3 @@ def _row(datasets: list[Dataset], row: int) -> Mapping[str, Any]:
             return dataset[row]
         row -= len(dataset)
     raise IndexError(row)
-
-
-def _card(manifest: Manifest) -> str:
-    what = (
-        "`hidden[R, H]`, the final hidden states before the head, which is in `head.*.safetensors`"
-        if manifest.form == "hidden"
-        else "`ids[R, k]` and `log_probs[R, k]`, the most probable tokens; `label_log_probs[R]`; `rest_log_mass[R]`, "
-        "the log-probability of all other tokens together"
-    )
-    return f"""---
-tags: [trl-qtarget, distillation]
----
-
-# What {manifest.prior} has said
-
-Written by `trl-qtarget cache` {manifest.package}; `manifest.json` says of which model. To train toward it:
-`QTargetSFTTrainer(..., prior_cache="this folder")`, or `trl-qtarget sft --prior_cache`.
-
-Every `*-*.safetensors` is a shard of examples, and a row of it one labelled token (`safetensors.torch.load_file`):
-`keys[E, 16]`, BLAKE2b-128 of an example's token ids as little-endian int64; `starts[E + 1]`, its rows are `starts[e]`
-to `starts[e + 1]`; `positions[R]`, the token's place in its example; {what}. Logarithms are natural. What is said of
-the token at a position comes from those before it. The last part of a file's name begins its SHA-256.
-"""
