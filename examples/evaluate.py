@@ -3,7 +3,8 @@
     python examples/evaluate.py --model outputs/my-model --dataset problems.jsonl
     python examples/evaluate.py --model Qwen/Qwen3-1.7B --dataset HuggingFaceH4/MATH-500 --split test
 
-Answers are judged by math-verify (`--judge math`), as the letter of a choice (`letter`), or as text (`text`). vLLM
+Answers are judged by math-verify (`--judge math`), as the letter of a choice (`letter`), by their last number or line
+(`exact`), as text (`text`), or by a function of yours, `module:function(right answer, generated text) -> bool`. vLLM
 samples where it is installed, else transformers. An interrupted evaluation goes on where it was.
 """
 
@@ -12,9 +13,8 @@ import hashlib
 import json
 import math
 import os
-import re
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +25,8 @@ from datasets import Dataset, load_dataset
 from huggingface_hub import try_to_load_from_cache
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+
+from trl_qtarget import find_judge
 
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -51,7 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top_p", type=float, default=1.0, help="Nucleus of the sampling; 1 is all of it.")
     parser.add_argument("--max_new_tokens", type=count, default=2048, help="Longest answer.")
     parser.add_argument("--system", help="System message before every problem.")
-    parser.add_argument("--judge", choices=list(JUDGES), default="math", help="How an answer is compared.")
+    parser.add_argument("--judge", default="math", help="math, letter, exact, text, or `module:function`.")
     parser.add_argument("--backend", choices=["auto", "transformers", "vllm"], default="auto", help="What samples.")
     parser.add_argument("--batch_size", type=count, default=16, help="Answers at a time, with transformers.")
     parser.add_argument("--output", type=Path, default=Path("outputs/evaluation.jsonl"), help="A line per problem.")
@@ -73,33 +75,6 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be a whole number of at least 1")
     return int(text)
-
-
-# --- judges: (right answer, generated text) -> bool ---
-
-
-def judge_math(answer: str, text: str) -> bool:
-    """Mathematically equal, as math-verify sees it."""
-    from math_verify import parse, verify
-
-    return verify(parse(answer if "$" in answer or "\\boxed" in answer else f"${answer}$"), parse(text))
-
-
-def judge_letter(answer: str, text: str) -> bool:
-    """The letter of a choice: a boxed one, one after "answer is", else the last single capital letter."""
-    for pattern in (r"\\boxed\{\(?([A-Z])\)?\}", r"answer is:?\s*\(?([A-Z])\b", r"\b([A-Z])\b"):
-        if found := re.findall(pattern, text):
-            return found[-1] == answer.strip("() .").upper()
-    return False
-
-
-def judge_text(answer: str, text: str) -> bool:
-    """The last line, word for word."""
-    lines = text.strip().splitlines()
-    return bool(lines) and lines[-1].strip() == answer.strip()
-
-
-JUDGES: dict[str, Callable[[str, str], bool]] = {"math": judge_math, "letter": judge_letter, "text": judge_text}
 
 
 # --- problems ---
@@ -298,8 +273,10 @@ def report(lines: list[dict[str, Any]], samples: int) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    if arguments.judge == "math" and find_spec("math_verify") is None:
-        raise SystemExit("--judge math needs math-verify: pip install math-verify, or choose another judge.")
+    try:
+        judge = find_judge(arguments.judge)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     problems = load_problems(arguments, tokenizer)
     arguments.backend = resolve_backend(arguments)
@@ -309,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     with arguments.output.open("a", encoding="utf-8", newline="\n") as file:
         bar = tqdm(total=len(problems), initial=len(done), desc=f"Average@{arguments.samples}", unit="problem")
         for problem, answers in zip(left, sample(left, arguments, tokenizer) if left else [], strict=True):
-            right = sum(JUDGES[arguments.judge](problem.answer, answer) for answer in answers)
+            right = sum(bool(judge(problem.answer, answer)) for answer in answers)
             done[problem.number] = {
                 "number": problem.number,
                 "problem": problem.fingerprint,

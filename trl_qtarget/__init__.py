@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .target.trust import register_trust
     from .training.checkpoints import last_whole_checkpoint
     from .training.trainer import QTargetSFTTrainer
+    from .tuning.answers import find_judge
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ _HOMES = {
     "target.trust": ("register_trust",),
     "training.checkpoints": ("last_whole_checkpoint",),
     "training.trainer": ("QTargetSFTTrainer",),
+    "tuning.answers": ("find_judge",),
 }
 
 __all__ = [
@@ -74,6 +76,7 @@ __all__ = [
     "__version__",
     "build_target",
     "choose_prior",
+    "find_judge",
     "floor_of",
     "induced_target",
     "inspect_target",

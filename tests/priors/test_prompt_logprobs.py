@@ -84,7 +84,7 @@ def test_labels_say_what_is_kept_and_a_second_file_adds(tmp_path, said):
 
 def test_a_rest_that_float32_cannot_tell_is_small_and_possible():
     assert rest_log_mass([math.log(0.5), math.log(0.2)], 10) == pytest.approx(math.log(0.3))
-    assert rest_log_mass([math.log(0.5), math.log(0.01)], 4) == pytest.approx(math.log(0.02))  # no more than two of .01
+    assert rest_log_mass([math.log(0.5), math.log(0.01)], 4) == pytest.approx(math.log(0.02))  # two of .01
     certain = [-1e-8, math.log(1e-9)]
     assert rest_log_mass(certain, 10) == pytest.approx(math.log(1e-9))
     assert rest_log_mass([1e-7, math.log(1e-3)], 10) is None

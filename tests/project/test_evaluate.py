@@ -13,6 +13,8 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 import evaluate
 
+from trl_qtarget import find_judge
+
 
 SUMS = [(2, 3), (4, 5), (1, 1), (10, 5)]
 
@@ -36,7 +38,7 @@ SUMS = [(2, 3), (4, 5), (1, 1), (10, 5)]
 def test_judges(judge, answer, text, right):
     if judge == "math":
         pytest.importorskip("math_verify")
-    assert evaluate.JUDGES[judge](answer, text) is right
+    assert find_judge(judge)(answer, text) is right
 
 
 def test_report_is_the_mean_over_problems_with_its_error():

@@ -43,7 +43,13 @@ def judge_math(answer: str, text: str) -> bool:
     return verify(parse(answer if "$" in answer or "\\boxed" in answer else f"${answer}$"), parse(text))
 
 
-JUDGES: dict[str, Judge] = {"exact": judge_exact, "letter": judge_letter, "math": judge_math}
+def judge_text(answer: str, text: str) -> bool:
+    """The last line, word for word."""
+    lines = text.strip().splitlines()
+    return bool(lines) and lines[-1].strip() == answer.strip()
+
+
+JUDGES: dict[str, Judge] = {"exact": judge_exact, "letter": judge_letter, "math": judge_math, "text": judge_text}
 
 
 def find_judge(name: str) -> Judge:
