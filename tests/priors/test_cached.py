@@ -88,6 +88,26 @@ def test_train_from_a_cache_is_training_with_the_model(caches, form, method, opt
     check_same(config, caches[form], options)
 
 
+def test_train_from_a_cache_of_a_teacher_with_more_rows(tmp_path):
+    """Of the form `top_k` it is conditioned on the policy's tokens when it is written, as the live one always is."""
+
+    def teacher():
+        torch.manual_seed(0)  # the new rows are random, and not improbable
+        model = other_model()
+        model.resize_token_embeddings(V + 8, mean_resizing=False)
+        return model
+
+    dataset = tiny.prompt_dataset()
+    write_cache(teacher_on(dataset, teacher()), tmp_path, "top_k", V)
+    lines, weights = run("target_sft", prior_cache=str(tmp_path))
+    live, live_weights = run("target_sft", ref_model=teacher())
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in live], rel=1e-5)
+    for name, value in weights.items():
+        torch.testing.assert_close(value, live_weights[name], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=f"`k={V + 1}` must be from 1 to the vocabulary's {V}"):
+        write_cache(teacher_on(dataset, teacher()), tmp_path / "other", "top_k", V + 1)
+
+
 @pytest.mark.parametrize("completion", [True, False])
 def test_train_packed_in_pieces(caches, tmp_path, completion):
     # A piece may begin within a document, of which the teacher has read the whole; and no first token is a label.

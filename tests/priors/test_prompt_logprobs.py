@@ -93,6 +93,18 @@ def test_a_rest_that_float32_cannot_tell_is_small_and_possible():
     assert rest_log_mass([0.0, -math.inf], 10) == -math.inf
 
 
+def test_tokens_beyond_the_policys_are_left_out(tmp_path):
+    listing = {"5": -1.0, "1000": -2.0, "7": math.log(0.1)}  # the policy has fewer rows than 1000
+    rows = {"prompt_token_ids": [3, 7], "prompt_logprobs": [None, listing]}
+    cache = written(tmp_path, [rows], k=2)
+    known = top_k_of(cache.read(torch.tensor(cache.places([3, 7])[1:])), cache.manifest, "policy")
+    assert known.ids.tolist() == [[5, 7]]
+    left = 1 - math.exp(-2)
+    right = torch.tensor([math.exp(-1) / left, 0.1 / left])
+    torch.testing.assert_close(known.log_probs[0].exp(), right)
+    torch.testing.assert_close(known.label_log_probs.exp(), right[1:])
+
+
 def replaced(request: dict, **fields) -> dict:
     return json.loads(json.dumps(request)) | fields
 
@@ -104,7 +116,8 @@ def replaced(request: dict, **fields) -> dict:
         (lambda it: {"text": "a"}, "has no `prompt_token_ids`"),
         (lambda it: replaced(it, prompt_logprobs=[None] * 6), "token 1, does not map"),
         (lambda it: replaced(it, prompt_token_ids=[2, 5, 3, 7, 9, 1]), "does not list the prompt's own token, 9"),
-        (lambda it: replaced(it, prompt_logprobs=[None, *[{"5": 0.5}] * 5]), "lists 1 tokens"),
+        (lambda it: replaced(it, prompt_logprobs=[None, *[{"5": 0.5}] * 5]), "a probability above one"),
+        (lambda it: replaced(it, prompt_logprobs=[None, *[{"5": -0.5}] * 5]), "lists 1 tokens"),
     ],
 )
 def test_what_is_no_listing_is_named(tmp_path, said, change, message):
@@ -116,10 +129,12 @@ def test_what_is_no_listing_is_named(tmp_path, said, change, message):
 
 def test_the_command(tmp_path, said, capsys):
     (tmp_path / "said.jsonl").write_text("\n".join(json.dumps(request) for request in said))
-    warm_model().save_pretrained(tmp_path / "teacher")
-    tiny.tokenizer().save_pretrained(tmp_path / "teacher")
+    warm_model().save_pretrained(tmp_path / "policy")
+    tiny.tokenizer().save_pretrained(tmp_path / "policy")
     words = ["cache", "--prompt_logprobs", str(tmp_path / "said.jsonl"), "--output_dir", str(tmp_path / "cache")]
-    assert main([*words, "--model_name_or_path", str(tmp_path / "teacher"), "--k", str(K)]) == 0
-    assert len(PriorCache(tmp_path / "cache")) == 2
-    assert main([*words, "--model_name_or_path", str(tmp_path / "teacher"), "--k", "9999"]) == 2
+    words += ["--model_name_or_path", str(tmp_path / "policy"), "--ref_model_name_or_path", "org/teacher"]
+    assert main([*words, "--k", str(K)]) == 0
+    cache = PriorCache(tmp_path / "cache")
+    assert len(cache) == 2 and cache.manifest.name == "org/teacher"
+    assert main([*words, "--k", "9999"]) == 2
     assert "`k=9999` must be from 1" in capsys.readouterr().err

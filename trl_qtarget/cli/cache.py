@@ -78,15 +78,15 @@ def _convert(arguments: Sequence[str]) -> int:
     """Make a cache of what an engine has listed; no model runs."""
     parser = argparse.ArgumentParser("trl-qtarget cache", allow_abbrev=False)
     parser.add_argument("--prompt_logprobs", required=True, help="Requests of an engine such as vLLM, as JSON lines.")
-    parser.add_argument(
-        "--model_name_or_path", required=True, help="The engine's model: its tokenizer and vocabulary."
-    )
+    parser.add_argument("--model_name_or_path", required=True, help="The policy: its tokenizer and vocabulary.")
+    parser.add_argument("--ref_model_name_or_path", required=True, help="The engine's model, which is not loaded.")
     parser.add_argument("--output_dir", required=True, help="The folder of the cache.")
     parser.add_argument("--k", type=int, default=CacheArguments.k, help="Tokens that are kept at every place.")
     wanted = parser.parse_args(arguments)
-    name = wanted.model_name_or_path
-    vocabulary = AutoConfig.from_pretrained(name).get_text_config().vocab_size
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    manifest = write_prompt_logprobs(wanted.prompt_logprobs, wanted.output_dir, tokenizer, name, vocabulary, wanted.k)
+    vocabulary = AutoConfig.from_pretrained(wanted.model_name_or_path).get_text_config().vocab_size
+    tokenizer, teacher = AutoTokenizer.from_pretrained(wanted.model_name_or_path), wanted.ref_model_name_or_path
+    manifest = write_prompt_logprobs(
+        wanted.prompt_logprobs, wanted.output_dir, tokenizer, teacher, vocabulary, wanted.k
+    )
     sys.stdout.write(f"{wanted.output_dir} has what {manifest.prior} says of the dataset.\n")
     return 0

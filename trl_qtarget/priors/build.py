@@ -8,13 +8,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import SFTConfig
 
+from ..loss.head import vocabulary_of
 from .base import Prior, base_model_of
 from .cached import CachedPrior
 from .choice import PriorChoice, PriorKind
 from .fit import check_kind, check_separate
 from .own import OwnPrior
 from .reference import ModelPrior, freeze, load_reference
-from .shards import in_zero3, whole_shape
+from .shards import in_zero3
 from .starting_copy import StartingCopyPrior, starting_copy
 from .store import PriorCache
 from .tokens import ReadableIds, check_tokens
@@ -76,7 +77,7 @@ def build_prior(
 
 def check_cache(cache: PriorCache, policy: PreTrainedModel) -> None:
     """Raise unless a cache of the form `top_k` is of the policy's vocabulary. A head may have other rows."""
-    rows = whole_shape(base_model_of(policy).get_output_embeddings().weight)[0]
+    rows = vocabulary_of(base_model_of(policy))
     if cache.manifest.form == "top_k" and cache.manifest.vocabulary != rows:
         raise ValueError(
             f"`prior_cache` has a vocabulary of {cache.manifest.vocabulary}, the policy one of {rows}: make the cache "

@@ -45,9 +45,10 @@ def write_prompt_logprobs(
             to the number itself, of the model's own distribution at temperature 1). `labels` (`[T]`, -100 where
             there is none) may say which tokens are kept; all but the first are, where it is missing.
         directory: of the cache, new or one of the same model, to which it adds.
-        processing_class: the tokenizer that has made the ids.
+        processing_class: the policy's tokenizer, which has made the ids.
         name: of the engine's model; a cache is of one model.
-        vocabulary: rows of its head.
+        vocabulary: rows of the policy's head. The engine's model is conditioned on them: of a larger one the tokens
+            beyond are left out, and the rest renormalised.
         k: tokens that are kept at every place; at least as many must be listed.
         shard_bytes: size of a shard.
         progress: whether to draw a progress bar.
@@ -156,12 +157,13 @@ class _Lines:
         label = request["prompt_token_ids"][at]
         if label not in numbers:
             raise self._wrong(where, f"does not list the prompt's own token, {label}")
-        if len(numbers) < self.k:
-            raise self._wrong(where, f"lists {len(numbers)} tokens, and `k` is {self.k}: ask the engine for more")
-        if outside := [token for token in numbers if not 0 <= token < self.vocabulary]:
-            raise self._wrong(where, f"lists the token {outside[0]}, and the vocabulary has {self.vocabulary}")
         if any(math.isnan(value) or value > RESOLUTION for value in numbers.values()):
             raise self._wrong(where, "lists a probability above one, or none at all")
+        if not 0 <= label < self.vocabulary:
+            raise self._wrong(where, f"has the token {label}, and the policy has {self.vocabulary}")
+        numbers = _conditioned(numbers, self.vocabulary)
+        if len(numbers) < self.k:
+            raise self._wrong(where, f"lists {len(numbers)} tokens, and `k` is {self.k}: ask the engine for more")
         # By probability, as the engine ranks them; of two equal ones the lower id, so that every run writes the same.
         ranked = sorted(numbers, key=lambda token: (-numbers[token], token))[: self.k]
         known = [numbers[token] for token in ranked]
@@ -172,6 +174,16 @@ class _Lines:
 
     def _wrong(self, where: str, what: str) -> ValueError:
         return ValueError(f"`prompt_logprobs`: {self.path}, {where}, {what}.")
+
+
+def _conditioned(numbers: dict[int, float], vocabulary: int) -> dict[int, float]:
+    """Log-probabilities given that the token is one of the vocabulary."""
+    inside = {token: value for token, value in numbers.items() if 0 <= token < vocabulary}
+    if len(inside) == len(numbers):
+        return numbers
+    outside = math.fsum(math.exp(numbers[token]) for token in numbers.keys() - inside.keys())
+    left = math.log1p(-outside) if outside < 1 else 0.0
+    return {token: value - left for token, value in inside.items()}
 
 
 def rest_log_mass(known: Sequence[float], vocabulary: int) -> float | None:

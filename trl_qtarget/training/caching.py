@@ -18,7 +18,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from .. import __version__
 from ..gemm import Head
 from ..loss.body import inference
-from ..loss.head import gathered
+from ..loss.head import gathered, vocabulary_of
 from ..loss.read_top_k import read_top_k
 from ..loss.request import IGNORE_INDEX, PriorStates
 from ..priors.base import base_model_of
@@ -132,9 +132,11 @@ class _Writer:
         trainer.model.requires_grad_(False)  # else the policy's own prior would keep a copy of what is trained
         tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         self.collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id or 0)
+        # The k most probable are those of the tokens that both have, as with the model beside the policy.
+        self.rows = vocabulary_of(base_model_of(trainer.model))
         states = self._states([[0, 0]])
         with gathered(states.head()) as (head,):
-            self.manifest = self._manifest(form, k, states, head)
+            self.manifest = self._manifest(form, k, states, head.first(self.rows) if form == "top_k" else head)
 
     def _manifest(self, form: str, k: int, states: PriorStates, head: Head) -> Manifest:
         model = getattr(self.prior, "causal_model", None) or base_model_of(self.trainer.model)
@@ -210,6 +212,7 @@ class _Writer:
         labels = [ids[at] for ids, example in zip(whole, examples, strict=True) for at in example.positions]
         device = states.hidden.device
         with gathered(states.head(), device=device) as (head,):
+            head = head.first(self.rows)
             known = read_top_k(torch.cat(hidden), head, torch.tensor(labels, device=device), self.manifest.k)
         fields = {
             "ids": known.ids.int(),
