@@ -14,9 +14,11 @@ from ..priors.store import FORMS
 from ..target.config import QTargetConfig
 from ..training.caching import write_cache
 from ..training.data import kept_by_truncation
+from .device import cpu_words
+from .errors import say
 from .options import check_known
-from .recipe import Parser, separated
-from .sft import RECIPE, check_model, make_trainer
+from .recipe import Parser, names_given, separated
+from .sft import NO_GPU, RECIPE, check_model, make_trainer
 
 
 @dataclass
@@ -42,6 +44,9 @@ def main(arguments: Sequence[str]) -> int:
     arguments = separated(arguments)
     if any(item.partition("=")[0] == "--prompt_logprobs" for item in arguments):
         return _convert(arguments)
+    if on_cpu := cpu_words(names_given(arguments)):
+        arguments = [*arguments, *on_cpu]
+        say("cache", NO_GPU)
     parser = Parser((CacheArguments, *RECIPE), prog="trl-qtarget cache")
     *parsed, of_config, left = parser.parse_args_and_config(
         [*arguments, "--deepspeed", ""], return_remaining_strings=True, separate_remaining_strings=True

@@ -19,7 +19,9 @@ import psutil
 import torch
 import yaml
 from datasets import Dataset, load_dataset
+from trl import get_peft_config
 
+from ..priors.choice import PolicyFacts
 from ..target.config import QTargetConfig
 from .data import load_data, local_format, split_of
 from .device import cpu_words
@@ -72,6 +74,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--learning_rate")  # fmt: skip
     add("--finalists", type=int, default=2, help="methods that are confirmed beside sft")
     add("--confirm_seeds", type=int, default=3, help="fresh trainings of each of them in one look")
+    add("--cache_prior", default="auto", help="how a frozen prior that runs once for all trials is kept: hidden "
+        "(exact), top_k, none; auto: hidden, unless processes hold parts of the model")  # fmt: skip
     add("--workers", default="auto", help="trials at a time; auto: one per GPU")
     add("--storage", default=None, help="of Optuna: a URL, or a journal file; None: a journal in --output_dir")
     add("--study_name", default="trl-qtarget", help="of the study in the storage")
@@ -92,6 +96,7 @@ def main(arguments: Sequence[str]) -> int:
     import optuna
 
     from ..tuning import report
+    from ..tuning.prior import CachingFailed
     from ..tuning.study import Study
 
     datasets.disable_progress_bars()
@@ -113,6 +118,8 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         say("tune", "interrupted: the same command goes on.")
         return INTERRUPTED
+    except CachingFailed as error:
+        raise ValueError(str(error)) from None
     sys.stdout.write(f"{report.write(study)}\n{plan.folder / 'report.html'}\n{plan.folder / 'best.yaml'}\n")
     return 0
 
@@ -183,6 +190,7 @@ def make_plan(given: argparse.Namespace, recipe: dict[str, Any]) -> "Plan":
         ValueError: an argument is wrong, or there are too few data.
     """
     from ..tuning.metrics import Metric
+    from ..tuning.prior import shared_prior
     from ..tuning.study import Plan
     from ..tuning.trial import Evaluation, Training
 
@@ -204,7 +212,9 @@ def make_plan(given: argparse.Namespace, recipe: dict[str, Any]) -> "Plan":
     retained = None if given.retention is None else _rows(given.retention, "retention")
     dtype = recipe.get("dtype")
     evaluation = Evaluation(metric, training, dtype, training.seed, model.model_name_or_path, retained)
-    train = Training(plain, sets.train.resolve(), _launch, given.rungs)
+    facts = PolicyFacts.of(model.model_name_or_path or "", get_peft_config(model))
+    prior = shared_prior(given.cache_prior, candidates, recipe, facts, folder, _cache)
+    train = Training(plain, sets.train.resolve(), _launch, given.rungs, prior)
     return Plan(
         folder,
         tuple(candidates),
@@ -315,6 +325,14 @@ def _launch(recipe: Path, log: Path, until: Callable[[], bool]) -> int:
     from ..tuning.process import run_job
 
     return run_job(check(["--config", str(recipe)]).job, log, until)
+
+
+def _cache(recipe: Path, folder: Path, form: str, log: Path) -> int:
+    """Do as `trl-qtarget cache` does."""
+    words = ["--config", str(recipe), "--form", form, "--output_dir", str(folder)]
+    with log.open("ab") as output:
+        command = [sys.executable, "-m", "trl_qtarget.cli", "cache", *words]
+        return subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL).returncode
 
 
 def _storage(text: str | None, folder: Path) -> Any:

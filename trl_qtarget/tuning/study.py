@@ -141,7 +141,10 @@ class Study:
 
         Raises:
             ValueError: no trial of `sft`, or no trial of any other method, has succeeded.
+            CachingFailed: the prior that they share could not be cached.
         """
+        if not self.done:
+            self.plan.training.ask_prior(self.plan.candidates, self.plan.seed)
         while not self.done:
             if not self._step():
                 time.sleep(_POLL)  # another worker is on the last of it
@@ -321,14 +324,14 @@ class Study:
                 continue
             if rung_checkpoint(folder, rung) is None:
                 reached = lambda rung=rung: rung_checkpoint(folder, rung) is not None  # noqa: E731
-                training.run(options, folder, plan.seed, training.rungs, reached)
+                training.run(candidate.name, options, folder, plan.seed, training.rungs, reached)
             checkpoint = rung_checkpoint(folder, rung)
             if checkpoint is None:  # a training too short for it
                 break
             trial.report(mean(plan.evaluation.scores(checkpoint, self._search_rows)), step)
             if trial.should_prune():
                 raise optuna.TrialPruned
-        training.run(options, folder, plan.seed, training.rungs, lambda: False)
+        training.run(candidate.name, options, folder, plan.seed, training.rungs, lambda: False)
         return plan.evaluation.scores(folder, self._search_rows)
 
     def _confirm(self, trial: optuna.Trial) -> None:
@@ -341,8 +344,8 @@ class Study:
         logger.info(f"Confirming {name}, training {number + 1}: {words(params)}")
 
         def train() -> list[float]:
-            options = self._candidate(SFT if again else name).options(params)
-            self.plan.training.run(options, folder, seed, 0, lambda: False)
+            candidate = self._candidate(SFT if again else name)
+            self.plan.training.run(candidate.name, candidate.options(params), folder, seed, 0, lambda: False)
             if (retention := self.plan.evaluation.retention(folder)) is not None:
                 trial.set_user_attr(RETENTION, retention)
             return self.plan.evaluation.scores(folder, self._confirm_rows)

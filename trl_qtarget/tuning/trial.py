@@ -4,7 +4,7 @@ import gc
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,8 @@ from trl import SFTConfig
 from ..files import replacing
 from ..training.checkpoints import is_whole, last_whole_checkpoint
 from .metrics import Metric, kl_to_base
+from .prior import SharedPrior, last_words
+from .space import Candidate
 
 
 # Each intermediate evaluation comes after so many times as much training as the one before.
@@ -67,12 +69,14 @@ class Training:
         train: file of the training rows.
         launch: what trains.
         rungs: intermediate evaluations.
+        prior: what has been said once for all trainings, by name of the candidate; None: each runs its own.
     """
 
     recipe: dict[str, Any]
     train: Path
     launch: Launch = field(compare=False)
     rungs: int = 1
+    prior: SharedPrior | None = None
 
     def options(self, options: dict[str, Any], folder: Path, seed: int, rungs: int) -> dict[str, Any]:
         """All arguments of one training."""
@@ -89,26 +93,39 @@ class Training:
             own["resume_from_checkpoint"] = True
         return kept | options | own
 
-    def run(self, options: dict[str, Any], folder: Path, seed: int, rungs: int, until: Callable[[], bool]) -> None:
-        """Train until a condition holds, or to the end; go on from what is in the folder.
+    def ask_prior(self, candidates: Iterable[Candidate], seed: int) -> None:
+        """Have the shared prior speak, unless it has.
+
+        Raises:
+            CachingFailed: it could not.
+        """
+        if self.prior is None:
+            return
+        reader = next(each for each in candidates if each.name in self.prior.used_by)
+        folder = self.prior.folder.parent / "unused"  # the command has a folder of its own
+        recipe = self.options(reader.options(reader.defaults), folder, seed, 0)
+        self.prior.ensure(lambda file: _write(file, recipe))
+
+    def run(
+        self, name: str, options: dict[str, Any], folder: Path, seed: int, rungs: int, until: Callable[[], bool]
+    ) -> None:
+        """Train a candidate until a condition holds, or to the end; go on from what is in the folder.
 
         Raises:
             TrainingFailed: it ended by itself, with an error.
         """
         folder.mkdir(parents=True, exist_ok=True)
         file, log = folder / "recipe.yaml", folder / "log.txt"
-        with replacing(file) as unfinished:
-            text = yaml.safe_dump(self.options(options, folder, seed, rungs), sort_keys=True, allow_unicode=True)
-            unfinished.write_text(text, encoding="utf-8")
+        recipe = self.options(options, folder, seed, rungs)
+        _write(file, recipe if self.prior is None else self.prior.recipe(recipe, name))
         status = self.launch(file, log, until)
         if status and not until():
-            raise TrainingFailed(_last_words(log, status))
+            raise TrainingFailed(last_words(log, status))
 
 
-def _last_words(log: Path, status: int) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
-    said = next((line for line in reversed(lines) if "Error" in line or line.startswith("trl-qtarget")), None)
-    return f"exit status {status}: {(said or (lines or ['it said nothing'])[-1])[:300]}"
+def _write(file: Path, recipe: dict[str, Any]) -> None:
+    with replacing(file) as unfinished:
+        unfinished.write_text(yaml.safe_dump(recipe, sort_keys=True, allow_unicode=True), encoding="utf-8")
 
 
 def rung_checkpoint(folder: Path, rung: int) -> Path | None:
