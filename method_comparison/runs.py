@@ -1,5 +1,6 @@
 """One run: fine-tune a base on demonstrations toward a target with `QTargetSFTTrainer`, then measure the model."""
 
+import copy
 import logging
 import math
 import tempfile
@@ -15,6 +16,7 @@ import transformers
 from transformers import PreTrainedModel, PrinterCallback
 
 from trl_qtarget import QTargetConfig, QTargetSFTTrainer
+from trl_qtarget.training.caching import write_cache
 
 from .demonstrations import KINDS, demonstrations
 from .evaluation import GREEDY, mean, solved_counts
@@ -46,6 +48,7 @@ class Run:
     learning_rate: float
     seed: int
     replica: int = 0
+    top_k: int = 0
 
     @property
     def key(self) -> str:
@@ -60,7 +63,7 @@ def make_run(setting: Setting, method: Method, knob: int, learning_rate: float, 
     reference = "none" if method.needs == "nothing" else setting.reference
     target = tuple(method.target(knob, setting.reference).items())
     data = (setting.task, setting.kind, setting.share, reference)
-    return Run(phase, *data, method.name, target, learning_rate, seed, method.replica)
+    return Run(phase, *data, method.name, target, learning_rate, seed, method.replica, method.top_k)
 
 
 def base_run(setting: Setting, phase: str, seed: int) -> Run:
@@ -104,6 +107,11 @@ def _trainer(run: Run, study: Study, models: Path, scratch: Path) -> QTargetSFTT
     pairs, _ = demonstrations(
         problems(run.task, options["demonstrations"], "train", data_seed), run.kind, run.share, data_seed
     )
+    shared = {"train_dataset": as_dataset(pairs), "processing_class": tokenizer()}
+    reference = load(models, run.reference) if target.get("prior") == "model" else None
+    prior = {"ref_model": reference}
+    if run.top_k:
+        prior = {"prior_cache": str(_cache(reference, scratch / "cache", run.top_k, shared))}
     trainer = QTargetSFTTrainer(
         str(models / name),
         arguments(
@@ -117,13 +125,21 @@ def _trainer(run: Run, study: Study, models: Path, scratch: Path) -> QTargetSFTT
             seed=data_seed,
             model_init_kwargs={"dtype": "float32"},
         ),
-        train_dataset=as_dataset(pairs),
-        processing_class=tokenizer(),
         qtarget_config=QTargetConfig(**target),
-        ref_model=load(models, run.reference) if target.get("prior") == "model" else None,
+        **shared,
+        **prior,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _cache(reference: PreTrainedModel, folder: Path, k: int, shared: dict[str, Any]) -> Path:
+    """What a reference says of the demonstrations, its k most probable tokens."""
+    asked = QTargetConfig(method=None, trust="zero", residual="prior")
+    options = arguments(folder / "unused", per_device_eval_batch_size=256, model_init_kwargs={"dtype": "float32"})
+    policy = copy.deepcopy(reference)
+    write_cache(QTargetSFTTrainer(policy, options, qtarget_config=asked, ref_model=reference, **shared), folder, k=k)
+    return folder
 
 
 def _steps_per_epoch(options: dict[str, Any]) -> int:

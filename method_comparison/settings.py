@@ -24,7 +24,9 @@ class Method:
 
     `needs` says what the target needs beyond the policy: "nothing", a "reference" (the untrained base, or a teacher
     where the setting has one), or a "teacher". A `replica` other than 0 means other demonstrations in another order: a
-    method named twice shows how often the whole procedure finds a difference where there is none.
+    method named twice shows how often the whole procedure finds a difference where there is none. With a `top_k` the
+    reference runs once, and a cache of its so many most probable tokens is trained from. `only` names the settings
+    that take the method; none: all that can.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Method:
     ladder: tuple[float, ...]
     default: float | None
     replica: int = 0
+    top_k: int = 0
+    only: tuple[str, ...] = ()
 
     def target(self, knob: int, reference: str) -> dict[str, Any]:
         """Fields of the `QTargetConfig` with the knob at its `knob`-th value."""
@@ -68,6 +72,8 @@ class Setting:
 
         Distilling from the untrained base would only keep the base, so a teacher is asked for.
         """
+        if method.only and self.name not in method.only:
+            return False
         allowed = {"none": ("nothing",), "base": ("nothing", "reference")}
         return method.needs in allowed.get(self.reference, ("nothing", "reference", "teacher"))
 
@@ -125,7 +131,8 @@ def _method(name: str, fields: dict[str, Any]) -> Method:
     config = fields.get("config", {"method": name})
     needs = fields.get("needs", "nothing")
     ladder = tuple(fields.get("ladder", (0,)))
-    method = Method(name, needs, config, knob, ladder, fields.get("default"), fields.get("replica", 0))
+    rest = fields.get("replica", 0), fields.get("top_k", 0), tuple(fields.get("only", ()))
+    method = Method(name, needs, config, knob, ladder, fields.get("default"), *rest)
     if needs not in ("nothing", "reference", "teacher"):
         raise ValueError(f"`needs={needs!r}` of `{name}` must be 'nothing', 'reference' or 'teacher'.")
     if knob and method.default not in method.ladder:
