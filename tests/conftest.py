@@ -10,6 +10,8 @@ import torch
 # Read when Triton is first imported, which other libraries do: without a GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Nothing here comes from a hub: without a network, each of the libraries' looks at it would wait for most of a minute.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import datasets
 import pytest
@@ -41,10 +43,9 @@ _TOGETHER = {
 }
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if group := _TOGETHER.get(item.path.stem):
-            item.add_marker(pytest.mark.xdist_group(group))
+def pytest_itemcollected(item):  # pytest-xdist reads the groups before any later hook
+    if group := _TOGETHER.get(item.path.stem):
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture

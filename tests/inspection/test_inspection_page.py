@@ -109,7 +109,7 @@ def test_every_token_says_its_trust(opened):
             assert spoken_labels(page, e) == wanted
 
 
-@pytest.mark.parametrize("phone", [False, True])
+@pytest.mark.parametrize("phone", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_chosen_token_is_scrolled_into_sight(opened, phone):
     data = inspection_data(3, 500, methods=("sft", "dft", "gem", "target_sft"))
     size = {"width": 360, "height": 740} if phone else {"width": 1280, "height": 600}
@@ -171,7 +171,7 @@ def test_trust_above_one_and_equal_names(opened):
         assert {row["method"] for row in rows} == {data["methods"][m]["title"]}
 
 
-@pytest.mark.parametrize("prior", [True, False])
+@pytest.mark.parametrize("prior", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_suspicious_labels_are_sorted_shown_and_exported(opened, prior):
     data = inspection_data(4, 90, prior=prior)
     page = opened(data)

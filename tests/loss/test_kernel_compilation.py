@@ -149,7 +149,7 @@ REPRESENTATIVE = [
 ]
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_kernels_compile_without_spilling(capability, tmp_path):
     kernels = compiled(capability, REPRESENTATIVE, tmp_path)
     assert len(kernels) == 2 * len(REPRESENTATIVE) - 1  # what is asked for changes nothing in the gradient

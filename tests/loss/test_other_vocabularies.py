@@ -44,9 +44,13 @@ def test_methods_equal_their_formulas(name, knobs, direction):
         check_linear(problem, FORMULAS[name], config, knobs)
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+_TRITON = [(*case, direction) for case in WITH_PRIOR for direction in DIRECTIONS]
+
+
 @pytest.mark.parametrize(
-    ("name", "knobs"), thinned(WITH_PRIOR, lambda name, knobs: by_kernels(name) or bool(knobs)), ids=case_id
+    ("name", "knobs", "direction"),
+    thinned(_TRITON, lambda name, knobs, direction: by_kernels(name) and bool(knobs) == (direction == "smaller")),
+    ids=case_id,
 )
 def test_triton_equals_the_formulas(name, knobs, direction):
     pytest.importorskip("triton")

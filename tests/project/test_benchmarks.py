@@ -194,6 +194,7 @@ def test_budget(monkeypatch, capsys):
         assert count == expected
 
 
+@pytest.mark.slow
 def test_figures_are_made_from_rows_alone_and_equal_rows_give_equal_files(tmp_path, results_of_a_gpu):
     shutil.copytree(RESULTS, results_of_a_gpu, dirs_exist_ok=True)
     first, second = (figures.draw(results_of_a_gpu, tmp_path / name) for name in ("first", "second"))
