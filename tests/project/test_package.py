@@ -1,5 +1,7 @@
 """The package as users get it: what the wheel holds, and that optional dependencies are optional."""
 
+import importlib.util
+import re
 import subprocess
 import sys
 import tomllib
@@ -79,7 +81,12 @@ def wheel(tmp_path_factory) -> Path:
     if tracked.returncode:
         pytest.skip("not a git checkout")
     for name in tracked.stdout.splitlines():
-        if name.startswith("trl_qtarget/") or name in ("pyproject.toml", "README.md", "LICENSE"):
+        if name.startswith(("trl_qtarget/", "examples/")) or name in (
+            "pyproject.toml",
+            "setup.py",
+            "README.md",
+            "LICENSE",
+        ):
             target = source / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((ROOT / name).read_bytes())
@@ -98,7 +105,11 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     files = {str(path.relative_to(ROOT)) for path in page if path.suffix in (".html", ".css", ".js")}
     assert len(files) == 5
     files |= {"trl_qtarget/py.typed", "trl_qtarget/cli/sft_help.txt"}
-    assert modules | files == {name for name in names if ".dist-info/" not in name}
+    examples = {name.removeprefix("trl_qtarget/_") for name in names if name.startswith("trl_qtarget/_examples/")}
+    held = {name for name in names if ".dist-info/" not in name and "/_examples/" not in name}
+    assert modules | files == held
+    assert {"examples/recipes/qlora_24gb.yaml", "examples/multi_node/train.py", "examples/evaluate.py"} <= examples
+    assert all((ROOT / name).is_file() for name in examples)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
@@ -108,9 +119,13 @@ def test_installed_wheel_runs(wheel, tmp_path):
         archive.extractall(tmp_path)
         entry = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
         assert "trl-qtarget = trl_qtarget.cli:main" in archive.read(entry).decode()
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import trl_qtarget; print(trl_qtarget.__file__)"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import trl_qtarget; print(trl_qtarget.__file__)\n"
+    code += "from trl_qtarget.cli import main; main(['recipes', 'qlora_24gb'])"
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.startswith(str(tmp_path)), done.stderr[-2000:]
+    assert (tmp_path / "qlora_24gb.yaml").read_text() == (
+        ROOT / "examples" / "recipes" / "qlora_24gb.yaml"
+    ).read_text()
 
 
 def test_version_is_said_once():
@@ -118,3 +133,20 @@ def test_version_is_said_once():
     assert f"## [{trl_qtarget.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"version: {trl_qtarget.__version__}" in citation or "\nversion:" not in citation
+
+
+def test_readme_is_whole_on_the_package_index():
+    """There its links are absolute, and each leads to a file that there is; formulas are text."""
+    spec = importlib.util.spec_from_file_location("publish_links", ROOT / ".github" / "publish_links.py")
+    links = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(links)
+    readme = (ROOT / "README.md").read_text()
+    text = links.absolute(readme, "owner/name", "v1")
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    ours = [found[1] for each in targets if (found := re.match(r"https://\S+?/owner/name/(?:blob/)?v1/([^#]+)", each))]
+    assert len(ours) > 20 and all((ROOT / target).exists() for target in ours)
+    assert all(each.startswith(("https://", "#")) for each in targets)
+    assert "https://raw.githubusercontent.com/owner/name/v1/docs/figures/inspection.png" in text
+    assert "$$" not in readme
+    project = tomllib.loads(links.urls("owner/name"))["project"]
+    assert project["urls"]["Issues"] == "https://github.com/owner/name/issues"

@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": ("inspect", "write a page that shows what methods teach, token by token, on your own examples"),
     "plot": ("plot", "draw methods as functions of the label's probability, or the curves of runs"),
     "methods": ("methods", "list the published objectives, or explain one"),
+    "recipes": ("recipes", "list the recipes and examples, or copy some of them"),
 }
 # Whose arguments are hundreds, most of them TRL's, and cost seconds to collect: text that tests hold to the parser.
 SHORT_HELP = {"sft": "sft_help.txt"}
