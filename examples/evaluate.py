@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["trl-qtarget[evaluation]"]
+# ///
 """Average@k of a model on problems with known answers: k sampled answers to each problem, each judged.
 
     python examples/evaluate.py --model outputs/my-model --dataset problems.jsonl

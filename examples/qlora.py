@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["trl-qtarget[peft,quantization]"]
+# ///
 """QLoRA on one card: fine-tune a model of 7 or 8 billion parameters in 24 GB, toward an explicit target.
 
     python examples/qlora.py --model meta-llama/Llama-3.1-8B-Instruct --dataset chats.jsonl

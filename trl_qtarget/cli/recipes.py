@@ -1,6 +1,8 @@
 """`trl-qtarget recipes`: the recipes and examples that came with the package, listed and copied."""
 
 import argparse
+import ast
+import json
 import re
 import shutil
 import sys
@@ -69,11 +71,13 @@ def _listed(files: Sequence[Path], folder: Path) -> str:
 
 def _title(path: Path) -> str:
     """What a file says of itself first."""
+    text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
-        return "A notebook"
-    lines = path.read_text(encoding="utf-8").splitlines()
-    text = next((line for line in lines if re.match(r'("""|# )\s*\w', line) and not line.startswith("# /// ")), "")
-    return text.strip('"# ').split(". ")[0].rstrip(".:")
+        text = "".join(json.loads(text)["cells"][0]["source"])
+    elif path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text)) or ""
+    line = next((line for line in text.splitlines() if re.match(r"(# )?\s*\w", line)), "")
+    return line.lstrip("# ").split(". ")[0].rstrip(".:")
 
 
 def _copies(name: str, files: Sequence[Path], folder: Path, output: Path) -> list[tuple[Path, Path]]:
