@@ -11,7 +11,7 @@ import inspect
 import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from ..gemm import Head
 from ..target.objective import Objective
@@ -103,8 +102,7 @@ def gathered(*heads: ModelHead | None, device: torch.device | None = None) -> It
         return (value if vocabulary is None else value[:vocabulary]).to(device)
 
     weights = [value for head in heads if head is not None for value in (head.weight, head.bias)]
-    parameters = [value for value in weights if hasattr(value, "ds_status")]
-    with maybe_gather_lm_head_ctx(*parameters):
+    with _whole_in_zero3([value for value in weights if hasattr(value, "ds_status")]):
         yield [
             head
             and Head(
@@ -115,6 +113,18 @@ def gathered(*heads: ModelHead | None, device: torch.device | None = None) -> It
             )
             for head in heads
         ]
+
+
+def _whole_in_zero3(parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
+    """ZeRO-3's parameters, whole for this context. Those that are whole already stay so when it ends."""
+    if not parameters:
+        return nullcontext()
+    import deepspeed  # it has made them
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    # Tied embeddings are in use while the head is, and two heads may share a weight: once each.
+    absent = {id(value): value for value in parameters if value.ds_status != ZeroParamStatus.AVAILABLE}
+    return deepspeed.zero.GatheredParameters(list(absent.values())) if absent else nullcontext()
 
 
 def _load_balancing_loss(config: PretrainedConfig, router_logits: Any, attention_mask: Tensor | None) -> Tensor:

@@ -5,14 +5,14 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedModel
-from trl import SFTConfig
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..loss.head import vocabulary_of
 from .base import Prior, base_model_of
 from .cached import CachedPrior
 from .choice import PriorChoice, PriorKind
 from .fit import check_kind, check_separate
+from .loading import policy_options
 from .own import OwnPrior
 from .reference import ModelPrior, freeze, load_reference
 from .shards import in_zero3
@@ -25,7 +25,7 @@ def build_prior(
     choice: PriorChoice,
     policy: PreTrainedModel,
     wrapped: Callable[[], nn.Module],
-    args: SFTConfig,
+    args: TrainingArguments,
     accelerator: Accelerator,
     processing_class: Any,
     tail: str | None = None,
@@ -36,7 +36,7 @@ def build_prior(
         choice: what `choose_prior` decided.
         policy: the policy, loaded and perhaps with adapters, before any wrapper.
         wrapped: called for the policy in its wrapper, which the trainer makes later.
-        args: how a model is loaded from a path.
+        args: how a model is loaded from a path: `model_init_kwargs`, where they have them.
         accelerator: where models are placed.
         processing_class: the policy's tokenizer or processor, which a reference model's is compared with.
         tail: of a cache of the form `top_k`.
@@ -58,7 +58,7 @@ def build_prior(
             return OwnPrior(policy, wrapped, adapters=False)
         case PriorKind.REFERENCE:
             model = choice.reference
-            check_tokens(model, processing_class, choice.reference_name, args.model_init_kwargs)
+            check_tokens(model, processing_class, choice.reference_name, policy_options(args))
             if isinstance(model, str):
                 model = load_reference(model, policy, args, accelerator)
             check_kind("ref_model", model)

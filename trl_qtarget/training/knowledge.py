@@ -19,7 +19,7 @@ from ..priors.choice import PriorChoice
 from ..target.config import QTargetConfig
 from ..target.measured import Knowledge
 from ..target.tile import sequence_means
-from .data import SEQUENCES_KEY, WEIGHTS_KEY, sequences_of
+from .columns import SEQUENCES_KEY, WEIGHTS_KEY, sequences_of
 
 
 logger = get_logger(__name__)
