@@ -15,10 +15,11 @@ from .fit import check_kind, check_separate
 from .loading import policy_options
 from .own import OwnPrior
 from .reference import ModelPrior, freeze, load_reference
-from .shards import in_zero3
+from .shards import is_sharded
 from .starting_copy import StartingCopyPrior, starting_copy
 from .store import PriorCache
 from .tokens import ReadableIds, check_tokens
+from .ulysses import check_same_heads, has_packed_rows, is_split
 
 
 def build_prior(
@@ -63,12 +64,17 @@ def build_prior(
                 model = load_reference(model, policy, args, accelerator)
             check_kind("ref_model", model)
             check_separate(model, policy)
+            if is_split(accelerator):
+                check_same_heads(base_model_of(model), base_model_of(policy), accelerator)
             ids = ReadableIds(base_model_of(model), base_model_of(policy), processing_class)
             placed, causal_model = freeze(model, accelerator)
             ids.announce(causal_model)
-            return ModelPrior(placed, causal_model, ids=ids)
+            prior = ModelPrior(placed, causal_model, ids=ids)
+            if is_split(accelerator):
+                prior.keep_rows(packed=has_packed_rows(args))
+            return prior
         case PriorKind.STARTING_COPY:
-            if in_zero3(policy):  # sharded while it was loaded
+            if is_sharded(policy):  # while it was loaded
                 model = load_reference(choice.starting_path, policy, args, accelerator, same_model=True)
             else:
                 model = starting_copy(policy, accelerator)

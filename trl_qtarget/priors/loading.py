@@ -9,8 +9,9 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 
-# How weights are fetched, in which precision, where they lie and what computes attention: nothing that says which
-# model it is. All else (a revision, a configuration or fields of one, weights, quantisation) is the policy's alone.
+# How weights are fetched, in which precision, where they lie, in which shards, and what computes attention: nothing
+# that says which model it is. All else (a revision, a configuration or fields of one, weights, quantisation) is the
+# policy's alone.
 SHARED_OPTIONS = (
     "dtype",
     "torch_dtype",
@@ -18,6 +19,7 @@ SHARED_OPTIONS = (
     "experts_implementation",
     "use_kernels",
     "device_map",
+    "distributed_config",
     "max_memory",
     "offload_folder",
     "offload_buffers",

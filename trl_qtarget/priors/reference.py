@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.big_modeling import _attach_context_parallel_hooks
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.dataclasses import get_module_class_from_name
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -56,6 +57,19 @@ class ModelPrior(Prior):
         else:
             hidden = self._run(**inputs)
         return PriorStates(hidden, partial(head_of, self.causal_model))
+
+    def keep_rows(self, packed: bool) -> None:
+        """Have every batch run as it comes: where sequences are split over ranks, none has whole documents.
+
+        Raises:
+            ValueError: rows hold several documents, and the model does not tell them apart by their positions.
+        """
+        if packed and self._told_apart_by_rows():
+            raise ValueError(
+                "`ref_model` does not tell documents apart by their positions, and under sequence parallelism packed "
+                "rows cannot be taken apart for it: set `packing=False` and `padding_free=False`."
+            )
+        self._mixes_documents = False
 
     def _told_apart_by_rows(self) -> bool:
         if self._mixes_documents is None:
@@ -128,6 +142,8 @@ def _place(ref_model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             return _in_deepspeed(ref_model, accelerator)
         if accelerator.distributed_type == DistributedType.FSDP:
+            if accelerator.parallelism_config is not None and accelerator.parallelism_config.cp_enabled:
+                _attach_context_parallel_hooks(ref_model)
             # Layer by layer, as the policy is. `Accelerator.prepare_model` would leave it whole on every rank.
             with _own_layers(accelerator.state.fsdp_plugin, ref_model):
                 return fsdp2_prepare_model(accelerator, ref_model)

@@ -7,7 +7,8 @@ speaks of it), it takes the same steps here.
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -103,9 +104,7 @@ def prepare_with_columns(
         dataset = _with_places(dataset, args, packing, columns.cache, dataset_name)
         token_columns.append(PLACES_KEY)
 
-    state = PartialState()
-    # As TRL does it: once where all processes share a cache, else once per node.
-    with state.main_process_first(), state.local_main_process_first():
+    with main_first():
         if columns.weights is not None:
             dataset = _map(dataset, args, _checked(columns.weights), f"Checking weights of {dataset_name} dataset")
         if packing:
@@ -114,6 +113,24 @@ def prepare_with_columns(
             dataset = _map(dataset, args, _truncation(args, token_columns), f"Truncating {dataset_name} dataset")
             dataset = dataset.filter(lambda example: any(label != IGNORE_INDEX for label in example["labels"]))
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """As TRL does it: once where all processes share a cache of data, else once per node; the others read the cache.
+
+    Where the first ones raise, the others have their turn all the same, and find it by themselves.
+    """
+    state = PartialState()
+    for waits in (not state.is_main_process, not state.is_local_main_process):
+        if waits:
+            state.wait_for_everyone()
+    try:
+        yield
+    finally:
+        for waited in (not state.is_local_main_process, not state.is_main_process):
+            if not waited:
+                state.wait_for_everyone()
 
 
 def _map(dataset: Dataset | IterableDataset, args: Any, function: Callable, description: str) -> Any:
@@ -147,8 +164,7 @@ def _with_places(
         return {PLACES_KEY: places, "_missing": missing}
 
     streamed = isinstance(dataset, IterableDataset)
-    state = PartialState()
-    with state.main_process_first(), state.local_main_process_first():
+    with main_first():
         dataset = _map(dataset, args, place, f"Looking up {name} dataset in the cache")
     if not streamed:
         missing = [row for row, is_missing in enumerate(dataset["_missing"]) if is_missing]
@@ -218,6 +234,7 @@ class TokenColumnCollator(DataCollatorForLanguageModeling):
     """TRL's collator, with per-token columns padded or flattened exactly as the labels are."""
 
     columns: TokenColumns = field(default_factory=TokenColumns)
+    reads_cache: bool = True  # else a batch has the places, for who reads after the batch was split
 
     @classmethod
     def extending(cls, collator: DataCollatorForLanguageModeling, columns: TokenColumns) -> "TokenColumnCollator":
@@ -231,10 +248,10 @@ class TokenColumnCollator(DataCollatorForLanguageModeling):
             if column in examples[0]:
                 batch[key] = self._collate(column, examples, batch["labels"])
         if PLACES_KEY in examples[0]:
-            places = batch[ROWS_KEY]
+            places = batch.pop(ROWS_KEY)
             # The first token of a document, which another one precedes in a packed row: nothing is known of it.
             batch["labels"] = batch["labels"].masked_fill(places < 0, IGNORE_INDEX)
-            batch[ROWS_KEY] = self.columns.cache.read(places)
+            batch |= {ROWS_KEY: self.columns.cache.read(places)} if self.reads_cache else {PLACES_KEY: places}
         return batch
 
     def _collate(self, column: str, examples: list[dict[str, Any]], labels: Tensor) -> Tensor:

@@ -16,28 +16,21 @@ from transformers import PreTrainedModel, Trainer
 from ..loss.body import inference
 from ..loss.choice import check_kernel
 from ..loss.head import add_target_head, check_head, vocabulary_of
-from ..loss.request import IGNORE_INDEX, NextTokens, Observed, QTargetOutput, Sealed, TargetRequest
+from ..loss.request import IGNORE_INDEX, Observed, QTargetOutput, Sealed, TargetRequest, next_token
 from ..priors.base import PriorCallback, base_model_of, virtual_tokens
 from ..priors.build import build_prior
 from ..priors.cached import ROWS_KEY
 from ..priors.choice import PolicyFacts, PriorChoice, PriorKind, check_models, choose_prior
 from ..priors.store import PriorCache
 from ..target.config import QTargetConfig
-from .columns import (
-    SEQUENCES_KEY,
-    WEIGHTS_KEY,
-    TokenColumns,
-    check_batch,
-    check_rows,
-    count_scored,
-    labels_of,
-    sequences_of,
-)
+from .batch import is_piece, take_columns
+from .columns import WEIGHTS_KEY, TokenColumns, count_scored, labels_of, sequences_of
 from .knowledge import SettlingMixin
 from .metrics import RunningMeans, judge_by_nll, local_sums
 from .refusals import refuse_what_cannot_work
 from .resolve import resolve_config
 from .saving import CheckpointMixin
+from .sequence import SplitMixin, split_sequences
 
 
 logger = get_logger(__name__)
@@ -49,7 +42,7 @@ _PRIORS_WITH_VIRTUAL_TOKENS = (PriorKind.NONE, PriorKind.POLICY, PriorKind.START
 _POLICY_ALONE = ("labels", "shift_labels", "output_router_logits")
 
 
-class QTargetMixin(CheckpointMixin, SettlingMixin):
+class QTargetMixin(CheckpointMixin, SettlingMixin, SplitMixin):
     """A `transformers.Trainer` of any kind, trained toward an explicit target distribution (arXiv 2606.11189).
 
     It stands before the trainer among the bases and takes the place of its loss; data, optimiser and loop stay the
@@ -128,6 +121,8 @@ class QTargetMixin(CheckpointMixin, SettlingMixin):
 
         self.loss_is_scaled_for_ga = None  # by what follows
         refuse_what_cannot_work(self)
+        self._split = split_sequences(self.accelerator, self.model, self.args, self.data_collator)
+        self.data_collator = self._splittable(self._collator_of_columns(self.data_collator))
         if judge_by_nll(self.args, self.eval_dataset):
             logger.info(
                 "The best checkpoint is the one with the lowest `eval_target/nll`; "
@@ -190,6 +185,10 @@ class QTargetMixin(CheckpointMixin, SettlingMixin):
         config = self.qtarget_config
         return TokenColumns(config.token_weight_column or WEIGHTS_KEY if config.uses_token_weights else None)
 
+    def _collator_of_columns(self, collator: Any) -> Any:
+        """The data collator with what the target needs of it: here it is the user's own, and brings the columns."""
+        return collator
+
     def prepare_rows(self, dataset: Dataset, name: str) -> Dataset:
         """Examples as the data collator takes them; here they are given so.
 
@@ -219,8 +218,10 @@ class QTargetMixin(CheckpointMixin, SettlingMixin):
             return None
         count = sum(count_scored(batch, self._scores_first_label()) for batch in batch_samples).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            # Under tensor parallelism several ranks count the same batch.
-            count = self.accelerator.gather(count).sum() // self.get_tp_size()
+            # Under tensor and context parallelism several ranks count the same batch.
+            count = self.accelerator.gather(count).sum() // (self.get_tp_size() * self.get_cp_size())
+        elif self._split is not None and is_piece(batch_samples[0]):
+            count = self._split.group.total(count)
         return count
 
     def _scores_first_label(self) -> bool:
@@ -243,9 +244,12 @@ class QTargetMixin(CheckpointMixin, SettlingMixin):
         if self._aux_weight:
             inputs["output_router_logits"] = True
         self._settle(model)
-        request = self.target_request(inputs)
-        outputs = model(**inputs, qtarget=Sealed(request), num_items_in_batch=num_items_in_batch)
-        loss = self._scaled(outputs, num_items_in_batch)
+        with self._passing(inputs):
+            request, count = self.target_request(inputs), num_items_in_batch
+            if count is None and request.group is not None:
+                count = request.group.total(count_scored(inputs, False))
+            outputs = model(**inputs, qtarget=Sealed(request), num_items_in_batch=count)
+        loss = self._scaled(outputs, num_items_in_batch, request.group is not None)
         self._record(outputs, inputs)
         if not return_outputs:
             return loss
@@ -276,22 +280,29 @@ class QTargetMixin(CheckpointMixin, SettlingMixin):
         Raises:
             ValueError: the batch lacks labels or a column that the target reads, or it does not fit the labels.
         """
-        labels, config = labels_of(inputs), self.qtarget_config
         objective = replace(self.prior_choice.objective, progress=self._progress())
-        weights, sequences = inputs.pop(WEIGHTS_KEY, None), inputs.pop(SEQUENCES_KEY, None)
-        if config.uses_token_weights:
-            check_batch(WEIGHTS_KEY, weights, labels, config.label)
-        if objective.trust.per_sequence:
-            sequences = sequences_of(inputs) if sequences is None else sequences
-            check_batch(SEQUENCES_KEY, sequences, labels, config.label)
-        prior, next_tokens = None, NextTokens.of(labels, vocabulary_of(base_model_of(self.model)))
-        if self.prior_choice.cache is not None:
-            check_rows(inputs.get(ROWS_KEY), labels, config.label)
+        config, prior = self.qtarget_config, None
+        columns = take_columns(
+            inputs,
+            config.label,
+            vocabulary_of(base_model_of(self.model)),
+            weights=config.uses_token_weights,
+            sequences=objective.trust.per_sequence,
+            cache=self.prior_choice.cache,
+        )
         if self._prior is not None:
             prior = self._prior.request({key: value for key, value in inputs.items() if key not in _POLICY_ALONE})
         inputs.pop(ROWS_KEY, None)
         return TargetRequest(
-            objective, prior, weights, sequences, config.chunk_tokens, config.kernel, next_tokens=next_tokens
+            objective,
+            prior,
+            columns.weights,
+            columns.sequences,
+            config.chunk_tokens,
+            config.kernel,
+            next_tokens=columns.next_tokens,
+            shifted=columns.shifted,
+            group=self._group_of(inputs),
         )
 
     def _progress(self) -> float:
@@ -314,11 +325,12 @@ class QTargetMixin(CheckpointMixin, SettlingMixin):
             return None
         request = self.target_request(inputs)
         first, *others = observed
+        sequences = sequences_of(inputs)
         request = replace(
             request,
             objective=first.objective,
             observer=first.observer,
-            sequence_ids=sequences_of(inputs),
+            sequence_ids=next_token(sequences).view_as(sequences) if request.shifted else sequences,
             observed=others,
         )
         model = self.model_wrapped if self.is_in_train else self.model
@@ -327,22 +339,25 @@ class QTargetMixin(CheckpointMixin, SettlingMixin):
             model(**inputs, qtarget=Sealed(request))
         return inputs
 
-    def _scaled(self, outputs: QTargetOutput, num_items_in_batch: Tensor | int | None) -> Tensor:
+    def _scaled(self, outputs: QTargetOutput, num_items_in_batch: Tensor | int | None, in_pieces: bool) -> Tensor:
         """The loss as `Trainer` expects it, by TRL's rules for averaging over ranks and accumulation steps."""
         training, counted = self.model.training, num_items_in_batch is not None
         # Known to `Trainer` from its first step on: before, a loss is one of one step.
         steps = getattr(self, "current_gradient_accumulation_steps", 1) if training and counted else 1
-        loss = outputs.tokens.loss
+        loss, of_model, aux_loss = outputs.tokens.loss, None, None
         if counted and self.args.average_tokens_across_devices:
             # It counts the tokens of every rank, and DDP averages the gradients over the ranks.
-            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+            ranks_of_batch = self.get_tp_size() * (self._split.size if in_pieces else 1)
+            loss = loss * (self.accelerator.num_processes // ranks_of_batch)
         # Wrappers wait for a gradient of `outputs.loss`. PEFT's AdaLoRA and others add a term to it, in training only.
         # It is of one micro-batch, as the auxiliary loss is, so it is averaged over the accumulation steps.
         if training:
-            loss = loss + outputs.loss.to(loss) / steps
+            of_model = outputs.loss.to(loss) / steps
         if self._aux_weight:
-            loss = loss + self._aux_weight * outputs.aux_loss / steps
-        return loss
+            aux_loss = self._aux_weight * outputs.aux_loss / steps
+        if in_pieces:
+            return self._split.loss(loss, of_model, aux_loss)
+        return sum((term for term in (of_model, aux_loss) if term is not None), loss)
 
     # --- metrics: sums over all ranks that stay on the device until they are logged ---
 

@@ -26,12 +26,6 @@ def refuse_what_cannot_work(trainer: Any) -> None:
             "sees several GPUs: launch with `accelerate launch` or `torchrun`, or make one GPU visible "
             "(`CUDA_VISIBLE_DEVICES`)."
         )
-    parallelism = accelerator.parallelism_config
-    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-        raise ValueError(
-            "`parallelism_config` splits sequences over ranks (context or sequence parallelism), which "
-            f"`{type(trainer).__name__}` does not support: set `cp_size` and `sp_size` to 1."
-        )
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError(
             "`fsdp_version=1` flattens the parameters of the LM head, which "

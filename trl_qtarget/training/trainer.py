@@ -70,13 +70,22 @@ class QTargetSFTTrainer(QTargetMixin, SFTTrainer):
             prior_cache=prior_cache,
             **sft_kwargs,
         )
-        if type(self.data_collator) is DataCollatorForVisionLanguageModeling:
+
+    def _collator_of_columns(self, collator: Any) -> Any:
+        if type(collator) is DataCollatorForVisionLanguageModeling:
             self._refuse_columns_of_images()
         # A subclass of TRL's collators is the user's own, and left alone.
-        if self._token_columns and type(self.data_collator) is DataCollatorForLanguageModeling:
-            self.data_collator = TokenColumnCollator.extending(self.data_collator, self._token_columns)
+        if self._token_columns and type(collator) is DataCollatorForLanguageModeling:
+            collator = TokenColumnCollator.extending(collator, self._token_columns)
+            collator.reads_cache = self._split is None
+        return collator
 
     def _refuse_columns_of_images(self) -> None:
+        if self._split is not None:
+            raise ValueError(
+                "`sp_size` and `cp_size` split batches by tokens, and images are not made of tokens: set them to 1, "
+                "or pass a text dataset."
+            )
         if self.prior_choice.cache is not None:
             raise ValueError(
                 "`prior_cache` is of the tokens of a text, and the tokens of images are made in the data collator: "
