@@ -35,7 +35,15 @@ def pytest_configure(config):
 
 # Files whose fixtures are jobs of two processes, trainings of a command, or a browser: one worker runs all of each, so
 # that none is started twice. All jobs are one group: two at a time would wait for each other's cores.
-_JOBS = ("test_scale", "test_sharded_heads", "test_contract_sharded", "test_quantized", "test_interruption")
+_JOBS = (
+    "test_scale",
+    "test_sharded_heads",
+    "test_contract_sharded",
+    "test_quantized",
+    "test_interruption",
+    "test_pieces",
+    "test_refused",
+)
 _TOGETHER = {
     **dict.fromkeys(_JOBS, "jobs"),
     **dict.fromkeys(("test_inspection_page", "test_inspection_display"), "browser"),

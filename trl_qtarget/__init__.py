@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .target.top_k import TopKPrior
     from .target.trust import register_trust
     from .training.checkpoints import last_whole_checkpoint
+    from .training.mixin import QTargetMixin
     from .training.trainer import QTargetSFTTrainer
     from .tuning.answers import find_judge
 
@@ -47,6 +48,7 @@ _HOMES = {
     "target.top_k": ("TopKPrior",),
     "target.trust": ("register_trust",),
     "training.checkpoints": ("last_whole_checkpoint",),
+    "training.mixin": ("QTargetMixin",),
     "training.trainer": ("QTargetSFTTrainer",),
     "tuning.answers": ("find_judge",),
 }
@@ -67,6 +69,7 @@ __all__ = [
     "PriorChoice",
     "PriorKind",
     "QTargetConfig",
+    "QTargetMixin",
     "QTargetSFTTrainer",
     "Range",
     "Target",
@@ -95,7 +98,15 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
-            value = getattr(importlib.import_module(f".{home}", __name__), name)
+            try:
+                value = getattr(importlib.import_module(f".{home}", __name__), name)
+            except ModuleNotFoundError as error:
+                if (error.name or "").partition(".")[0] != "trl":
+                    raise
+                raise ImportError(
+                    f"`{name}` needs TRL, which is not installed: `pip install trl`. `QTargetMixin` trains with any "
+                    "`transformers.Trainer` without it."
+                ) from error
             globals()[name] = value
             return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -221,8 +221,8 @@ def test_a_named_method_is_told_from_the_default(tmp_path):
     assert not names_method(["--config", str(recipe)]) and not names_method([])
 
 
-def test_accelerate_configs_of_trl_are_known_by_name(tmp_path):
-    for name in ("single_gpu", "multi_gpu", "zero1", "zero2", "zero3", "fsdp2"):
+def test_accelerate_configs_are_known_by_name(tmp_path):
+    for name in ("single_gpu", "multi_gpu", "zero1", "zero2", "zero3", "fsdp2", "sequence_parallel"):
         found = with_accelerate_config(["--num_processes", "4", "--accelerate_config", name])
         assert found[0] == "--config_file" and Path(found[1]).is_file() and found[2:] == ["--num_processes", "4"]
     own = tmp_path / "own.yaml"

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from cells import Cell, Result
+from cells import Cell, Result, save_models
 from interrupted import MOMENTS, Interruption
-from launch import accelerate_launch, finish, start, torchrun
+from launch import finish, launcher, start, torchrun, variables_of
 from training import worst
 
 
@@ -33,7 +33,7 @@ TOLERANCE = 1e-6
 def run_all(runs: list[Interruption], folder: Path, command: list[str], backend: str = "") -> None:
     file, log = folder / "runs.json", folder / "log.txt"
     file.write_text(json.dumps([asdict(run) for run in runs]))
-    finish(start([*command, SCRIPT, str(file), backend], log), log)
+    finish(start([*command, SCRIPT, str(file), backend], log, **variables_of(backend)), log)
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +89,13 @@ _SHARDED = [("lagged", "state"), ("lagged_lora", "weights"), ("base", "optimizer
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("backend", ["zero3", "fsdp2"])
+@pytest.mark.parametrize("backend", ["zero3", "fsdp2", "sp2-zero3", "native-fsdp2"])
 @pytest.mark.parametrize(("prior", "moment"), _SHARDED)
 def test_killed_run_resumes_sharded(prior, moment, backend, tmp_path):
+    save_models(tmp_path)
     for run in runs_of([(prior, moment)], tmp_path):
-        command = torchrun() if backend == "fsdp2" else accelerate_launch(tmp_path, 3, partition_everything=True)
+        command = torchrun() if backend.endswith("fsdp2") else launcher("zero3-partitioned", tmp_path)[:-1]
+        if backend == "sp2-zero3":
+            command = launcher(backend, tmp_path)[:-1]
         run_all([run], tmp_path, command, backend)
     check(tmp_path, prior, moment)

@@ -12,15 +12,21 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from launch import environment
 from nodes import loopback_nodes, run_nodes
 from safetensors.torch import load_file
 from training import TRL_BEFORE_1_15, warm_model
+from trl import ModelConfig, SFTConfig, TrlParser
+
+from trl_qtarget import QTargetConfig
 
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "multi_node"
+# What `trl-qtarget sft --accelerate_config` knows by name.
+CONFIGS = [Path(__file__).parents[2] / "trl_qtarget" / "cli" / "sequence_parallel.yaml"]
 
 
 @pytest.fixture
@@ -158,6 +164,25 @@ def test_zero3_configuration():
     assert result.use_deepspeed
     assert result.zero_stage == 3
     assert result.deepspeed_multinode_launcher == "standard"
+
+
+@pytest.mark.parametrize("file", ["sequence_parallel.yaml", *CONFIGS])
+def test_sequence_parallel_configuration(file):
+    result = validated(file)
+    assert result.use_deepspeed and result.use_parallelism_config
+    assert result.zero_stage == 3
+    assert (result.parallelism_config_sp_size, result.parallelism_config_sp_backend) == (8, "deepspeed")
+    assert result.parallelism_config_sp_attn_implementation == "flash_attention_2"
+
+
+def test_long_context_recipe_is_one_of_its_script(tmp_path):
+    """Its arguments are understood, and its attention is the one that the configuration splits rows for."""
+    recipe = yaml.safe_load((EXAMPLE / "long_context.yaml").read_text())
+    parser = TrlParser((SFTConfig, QTargetConfig, ModelConfig))
+    options = recipe | {"output_dir": str(tmp_path), "use_cpu": True}
+    training, target, model = parser.parse_dict(options)
+    assert (training.max_length, training.per_device_train_batch_size, target.method) == (262144, 1, "target_sft")
+    assert model.attn_implementation == validated("sequence_parallel.yaml").parallelism_config_sp_attn_implementation
 
 
 def test_fsdp2_configuration():

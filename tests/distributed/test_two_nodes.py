@@ -25,8 +25,12 @@ def with_torchrun(node: Node, folder: Path) -> list[str]:
     return [*command, "--node_rank", str(node.rank), "--master_addr", node.head, "--master_port", str(node.port)]
 
 
-def with_zero3(node: Node, folder: Path) -> list[str]:
-    command = accelerate_launch(folder, stage=3, partition_everything=True)
+def with_split_rows(node: Node, folder: Path) -> list[str]:
+    return with_zero3(node, folder, pieces=2)
+
+
+def with_zero3(node: Node, folder: Path, pieces: int = 1) -> list[str]:
+    command = accelerate_launch(folder, stage=3, partition_everything=True, pieces=pieces)
     # Without `standard` DeepSpeed would start the other nodes itself, over ssh.
     command += ["--num_machines", "2", "--deepspeed_multinode_launcher", "standard"]
     command += ["--machine_rank", str(node.rank)]
@@ -34,7 +38,10 @@ def with_zero3(node: Node, folder: Path) -> list[str]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("backend", "launcher"), [("ddp", with_torchrun), ("zero3-partitioned", with_zero3)])
+@pytest.mark.parametrize(
+    ("backend", "launcher"),
+    [("ddp", with_torchrun), ("zero3-partitioned", with_zero3), ("sp2-zero3", with_split_rows)],
+)
 def test_two_nodes_give_the_one_process_result(backend, launcher, nodes, truths, tmp_path):
     arguments = [CELLS_SCRIPT, *script_arguments(CELLS, tmp_path)]
     run_nodes(nodes, [[*launcher(node, tmp_path), *arguments] for node in nodes], tmp_path)

@@ -15,6 +15,7 @@ from typing import Any
 import quantized
 import tiny
 import torch
+from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import AdaLoraConfig, LoraConfig
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from training import sft_config, warm_model
 from transformers import LlamaForCausalLM, PreTrainedModel, PrinterCallback, TrainerCallback, set_seed
+from transformers.distributed import DistributedConfig
 
 from trl_qtarget import QTargetConfig, QTargetSFTTrainer
 from trl_qtarget.priors.shards import gather, in_zero3, share
@@ -32,6 +34,9 @@ from trl_qtarget.training.caching import write_cache
 GLOBAL_BATCH = 4
 _ROWS = 22  # not a multiple of the batch
 _REPEATED = -_ROWS % GLOBAL_BATCH
+# Ranks that share a row, and how transformers shards models as it loads them.
+_PIECES = int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1"))
+_NATIVE: dict[str, int] = json.loads(os.environ.get("CELLS_DISTRIBUTED_CONFIG", "{}"))
 _EVALUATED = ("target/nll", "target/trust", "target/label_mass", "entropy")
 _LOGGED = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "target/nll", "target/trust", "target/label_mass")
 
@@ -59,7 +64,8 @@ class Cell:
     policy a `Stranger`, `adalora` the adapter one that adds to the loss. `beside` is a part of the names of what is
     trained beside LoRA. `loaded`: the script loads the policy, which ZeRO-3 shards then. `other_class` makes the
     reference a mixture of experts. `cache`: its form, and then what the reference says is read from a cache, which
-    `save_cache` has made; its truth is the reference itself.
+    `save_cache` has made; its truth is the reference itself. `head`: LoRA, and beside it the whole head is trained.
+    `experts` makes the policy a mixture of experts, with its load-balancing loss.
     """
 
     method: str
@@ -77,6 +83,8 @@ class Cell:
     beside: str = ""
     loaded: bool = False
     cache: str = ""
+    head: bool = False
+    experts: bool = False
 
     def __str__(self) -> str:
         kind = "-lora" if self.peft else ""
@@ -105,13 +113,17 @@ class Result:
 
 
 def rows(repeated: int = 0) -> Dataset:
-    """Texts of very different lengths; in rows 6 and 7, the batch of one rank, no token is predicted."""
+    """Texts of very different lengths; in rows 6 and 7, the batch of one rank, no token is predicted.
+
+    Each token has a weight, for who looks at it.
+    """
     texts = tiny.sentences(_ROWS, seed=3, longest=20)
     ids = tiny.tokenizer()([text + "<eos>" for text in texts])["input_ids"]
     # TRL drops a row without any label; the first token is a label that nothing comes before.
     labels = [[row[0]] + [-100] * (len(row) - 1) if number in (6, 7) else row for number, row in enumerate(ids)]
     order = [*range(_ROWS), *range(repeated)]
-    return Dataset.from_dict({"input_ids": [ids[i] for i in order], "labels": [labels[i] for i in order]})
+    columns = {"input_ids": ids, "labels": labels, "token_weights": [[(7 * t % 5) / 4 for t in row] for row in ids]}
+    return Dataset.from_dict({name: [column[i] for i in order] for name, column in columns.items()})
 
 
 class InOrder(QTargetSFTTrainer):
@@ -141,7 +153,9 @@ class _Watch(TrainerCallback):
 
 def save_models(folder: Path) -> None:
     """Policy and reference as folders that a trainer can load, written once."""
-    for name, model in {"policy": warm_model(), "reference": warm_model(steps=12)}.items():
+    models = {"policy": warm_model(), "reference": warm_model(steps=12)}
+    models |= {"experts": warm_model(tiny.moe_model), "other": warm_model(tiny.moe_model, steps=12)}
+    for name, model in models.items():
         if not (folder / name).is_dir():
             model.save_pretrained(folder / name)
 
@@ -165,32 +179,51 @@ def make(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOr
     """The trainer of a cell; one process gets the rows that more would repeat."""
     peft = None
     if cell.peft:
-        peft = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        saved = ["lm_head"] if cell.head else None
+        peft = LoraConfig(
+            r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", modules_to_save=saved
+        )
     if cell.adalora:
         peft = AdaLoraConfig(init_r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", total_step=6)
     policy, reference = _models(cell)
+    loaders = processes // _NATIVE.get("tp_size", 1)  # that give rows of their own, even if several ranks share each
+    data_ranks = loaders // _PIECES
     options = {
-        "per_device_train_batch_size": GLOBAL_BATCH // processes,
-        "per_device_eval_batch_size": GLOBAL_BATCH // processes,
+        "per_device_train_batch_size": GLOBAL_BATCH // data_ranks,
+        "per_device_eval_batch_size": GLOBAL_BATCH // loaders,
         "num_train_epochs": 1,
         "max_steps": -1,
         "learning_rate": 0.2,
         "seed": 0,
     }
     config = QTargetConfig(cell.method, prior=cell.prior, prior_sync_steps=2 if cell.prior == "lagged" else None)
-    if cell.by_path:
+    if cell.by_path or (_NATIVE and not cell.loaded):
         folder = Path(output_dir).parent
         save_models(folder)
-        policy, reference = str(folder / "policy"), reference and str(folder / "reference")
-    args = sft_config(output_dir, **options | cell.options)
+        policy = str(folder / ("experts" if cell.experts else "policy"))
+        reference = reference and str(folder / ("other" if cell.other_class else "reference"))
+    options |= cell.options
+    if processes > 1 and "gradient_accumulation_steps" in options:  # of two ranks with data of their own
+        options["gradient_accumulation_steps"] *= 2 // data_ranks
+    if _NATIVE and not cell.loaded:
+        options["model_init_kwargs"] = {"distributed_config": DistributedConfig(**_NATIVE)}
+    if _PIECES > 1:  # what DeepSpeed splits rows for
+        options["model_init_kwargs"] = {"attn_implementation": "sdpa"} if cell.by_path else None
+        options["pad_to_multiple_of"] = 48  # gloo gathers rows of one length alone
+        for model in (policy, reference):
+            if isinstance(model, PreTrainedModel):
+                model.set_attn_implementation("sdpa")
+    args = sft_config(output_dir, **options)
     if cell.loaded:  # after the configuration, which tells transformers that ZeRO-3 is on
         save_models(Path(output_dir).parent)
-        policy = type(policy).from_pretrained(Path(output_dir).parent / "policy", attn_implementation="eager")
+        given = {"distributed_config": DistributedConfig(**_NATIVE)} if _NATIVE else {}
+        folder = Path(output_dir).parent / "policy"
+        policy = type(policy).from_pretrained(folder, attn_implementation="sdpa" if _PIECES > 1 else "eager", **given)
     set_seed(0)  # LoRA's start is drawn before some versions of TRL seed
     trainer = trainer_class(
         policy,
         args,
-        train_dataset=rows(_REPEATED if processes == 1 and cell.fills else 0),
+        train_dataset=rows(_REPEATED if loaders == 1 and cell.fills else 0),
         eval_dataset=rows(_REPEATED),
         processing_class=tiny.tokenizer(),
         qtarget_config=config,
@@ -211,6 +244,8 @@ def _models(cell: Cell) -> tuple[PreTrainedModel, PreTrainedModel | None]:
     """The policy and the reference model of a cell."""
     plain = quantized.plain if cell.policy or cell.reference else warm_model
     policy = quantized.quantized(cell.policy) if cell.policy else plain()
+    if cell.experts:
+        policy = warm_model(tiny.moe_model)
     if cell.stranger:
         policy = Stranger.of(policy)
     if cell.prior != "model":
@@ -230,9 +265,23 @@ def result_of(trainer: QTargetSFTTrainer, facts: dict[str, Any] | None = None) -
     return Result(logs, weights, facts or {})
 
 
+def _forget_pieces() -> None:
+    """DeepSpeed splits rows for one policy a process; each cell has one of its own."""
+    import deepspeed.runtime.sequence_parallel.parallel_state_sp as state
+    from deepspeed.utils import groups
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    state._release_sequence_parallel_groups()
+    groups.mpu = None
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention_forward
+
+
 def run(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOrder) -> Result:
     """Train a cell in this process, or in this rank of several, and evaluate it."""
     AcceleratorState._reset_state(reset_partial_state=False)
+    if _PIECES > 1:
+        _forget_pieces()
     trainer = make(cell, output_dir, processes, trainer_class)
     watch = _Watch()
     watch.trainer = trainer
@@ -250,9 +299,20 @@ def run(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOrd
     return result_of(trainer, watch.facts)
 
 
+def begin_job() -> None:
+    """What Accelerate does for GPUs alone: begin DeepSpeed's groups, and allow tensor parallelism."""
+    if _PIECES > 1:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
+    if "tp_size" in _NATIVE:
+        ParallelismConfig._validate_accelerator = lambda self, accelerator: None
+
+
 def main(cells_file: str, results: str, trainer_class: type = InOrder) -> None:
     """Run the cells of a file, as every rank does; rank 0 writes what came out."""
     folder, rank, processes = Path(results), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    begin_job()
     for values in json.loads(Path(cells_file).read_text()):
         cell = Cell(**values)
         path = folder / str(cell)

@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cells import Cell, InOrder, make, result_of
+from cells import Cell, InOrder, begin_job, make, result_of
 from fsdp2 import FSDP2
 
 
@@ -78,6 +78,7 @@ def main(file: str, backend: str = "") -> None:
     trainer_class = FSDP2 if backend == "fsdp2" else InOrder
     runs = [Interruption(Cell(**values.pop("cell")), **values) for values in json.loads(Path(file).read_text())]
     if "RANK" in os.environ:
+        begin_job()
         train(*runs, trainer_class)
         return
     for run in runs:

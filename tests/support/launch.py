@@ -11,11 +11,19 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from cells import Cell, save_models
 
 
 _HERE = Path(__file__).parent
+# How transformers shards models as it loads them, by the name of the backend.
+NATIVE = {
+    "native-fsdp2": {"fsdp_size": 2},
+    "native-tp2": {"tp_size": 2},
+    "native-fsdp2-tp2": {"fsdp_size": 2, "tp_size": 2},
+    "native-ep2": {"tp_size": 2, "ep_size": 2, "tp_plan": {}},
+}
 _TIMEOUT = 540
 # A launcher passes SIGTERM on to its workers, and gives them up to 30 seconds.
 _GRACE = 40
@@ -57,11 +65,13 @@ def torchrun(processes: int = 2) -> list[str]:
     return [*command, "--master_port", str(free_port())]
 
 
-def accelerate_launch(folder: Path, stage: int, partition_everything: bool = False, processes: int = 2) -> list[str]:
+def accelerate_launch(
+    folder: Path, stage: int, partition_everything: bool = False, processes: int = 2, pieces: int = 1
+) -> list[str]:
     """`accelerate launch` with ZeRO on CPU processes.
 
     By default ZeRO-3 keeps small parameters whole; `partition_everything` takes even those apart, and prefetches.
-    Models that the trainer loads by path are sharded while they are loaded.
+    Models that the trainer loads by path are sharded while they are loaded. Rows are split over `pieces` ranks.
     """
     settings = {"zero_stage": stage, "zero3_init_flag": stage == 3}
     if partition_everything:
@@ -87,18 +97,33 @@ def accelerate_launch(folder: Path, stage: int, partition_everything: bool = Fal
     }
     if not partition_everything:  # with a DeepSpeed file it would be said twice
         config["mixed_precision"] = "no"
+    if pieces > 1:
+        split = {"sp_size": pieces, "sp_backend": "deepspeed", "sp_attn_implementation": "sdpa"}
+        config["parallelism_config"] = {f"parallelism_config_{name}": value for name, value in split.items()}
     file = folder / "accelerate.json"
     file.write_text(json.dumps(config))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
     return [*command, "--main_process_port", str(free_port())]
 
 
+def _ranks(sizes: dict[str, Any]) -> int:
+    return sizes.get("fsdp_size", 1) * sizes.get("tp_size", 1)
+
+
 def launcher(backend: str, folder: Path) -> list[str]:
     """Command of a backend, up to and with the script that runs cells."""
     if backend in ("ddp", "fsdp2"):
         return [*torchrun(), str(_HERE / ("fsdp2.py" if backend == "fsdp2" else "cells.py"))]
-    stage, partition = int(backend[4]), backend.endswith("partitioned")
-    return [*accelerate_launch(folder, stage, partition), str(_HERE / "cells.py")]
+    if backend in NATIVE:
+        return [*torchrun(_ranks(NATIVE[backend])), str(_HERE / "cells.py")]
+    pieces, zero = (2, backend.removeprefix("sp2-")) if backend.startswith("sp2-") else (1, backend)
+    stage, partition = int(zero[4]), zero.endswith("partitioned")
+    return [*accelerate_launch(folder, stage, partition, pieces=pieces), str(_HERE / "cells.py")]
+
+
+def variables_of(backend: str) -> dict[str, str]:
+    """What the processes of a backend find in their environment."""
+    return {"CELLS_DISTRIBUTED_CONFIG": json.dumps(NATIVE[backend])} if backend in NATIVE else {}
 
 
 def start(command: Sequence[str], log: Path, **variables: str) -> subprocess.Popen:
@@ -150,4 +175,4 @@ def run_cells(backend: str, cells: Sequence[Cell], folder: Path) -> None:
     """Run cells one after another in one job of two processes; what came out is in `folder`."""
     save_models(folder)
     log = folder / "log.txt"
-    finish(start([*launcher(backend, folder), *script_arguments(cells, folder)], log), log)
+    finish(start([*launcher(backend, folder), *script_arguments(cells, folder)], log, **variables_of(backend)), log)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from trl_qtarget.loss.head import gathered, head_of
 from trl_qtarget.priors.shards import exchanged, gather, in_zero3, reshard, scatter, share, whole_shape
 
 
@@ -105,18 +106,17 @@ def zero3_tells_whether_its_trace_is_complete():
     assert complete == [False, True, True]
 
 
-def zero3_head_is_gathered_by_the_context_of_trl():
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
-    from trl.trainer.utils import maybe_gather_lm_head_ctx
-
-    alive = HfDeepSpeedConfig(_ZERO3)  # what tells transformers that ZeRO-3 is on
+def zero3_heads_are_whole_while_they_are_gathered():
+    """One that two of them share once, and one that is whole already stays so."""
     model, _ = _zero3()
-    weight = model.lm_head.weight
-    assert weight.numel() == 0
-    with maybe_gather_lm_head_ctx(weight, None):
-        assert torch.equal(weight, tiny.model().lm_head.weight)
-    assert weight.numel() == 0
-    del alive
+    head, truth = head_of(model), tiny.model().lm_head.weight
+    assert model.lm_head.weight.numel() == 0
+    with gathered(head, head) as wholes:
+        assert all(torch.equal(whole.weight, truth) for whole in wholes)
+        with gathered(head) as (inner,):
+            assert torch.equal(inner.weight, truth)
+        assert torch.equal(model.lm_head.weight, truth)
+    assert model.lm_head.weight.numel() == 0
 
 
 def fsdp2_parameters_tell_their_shares():
@@ -198,7 +198,7 @@ CONTRACTS = [
     zero3_gathers_what_the_shares_hold,
     zero3_cache_can_be_emptied,
     zero3_tells_whether_its_trace_is_complete,
-    zero3_head_is_gathered_by_the_context_of_trl,
+    zero3_heads_are_whole_while_they_are_gathered,
     fsdp2_parameters_tell_their_shares,
     fsdp2_gathers_what_the_shares_hold,
     fsdp2_reshard_takes_back_what_a_pass_has_left_whole,

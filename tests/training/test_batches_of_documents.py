@@ -6,7 +6,7 @@ from test_documents import DOCUMENTS, dataset, trainer_of, trust_by_document
 from training import first_batch
 from transformers import DataCollatorWithFlattening
 
-from trl_qtarget.training.data import sequences_of
+from trl_qtarget.training.columns import sequences_of
 
 
 def numbered(documents: torch.Tensor) -> list[list[int]]:

@@ -5,7 +5,6 @@ import re
 import pytest
 import tiny
 import torch
-from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig, get_peft_model
@@ -176,15 +175,6 @@ def refused_on(message: str, change) -> None:
 
     with pytest.raises(ValueError, match=message):
         make_trainer(OnOtherMachines, tiny.text_dataset(4), warm_model(), qtarget_config="sft")
-
-
-@pytest.mark.parametrize("name", ["cp", "sp"])
-def test_sequence_parallelism(name, accelerator_state):
-    def split_sequences(state):
-        state.parallelism_config = ParallelismConfig()
-        setattr(state.parallelism_config, f"{name}_size", 2)
-
-    refused_on("`parallelism_config` splits sequences over ranks", split_sequences)
 
 
 def test_fsdp_version_1(accelerator_state):

@@ -34,7 +34,8 @@ from .supervise import run
 
 SCRIPT = "trl_qtarget.cli.script"
 JOB = "trl_qtarget.cli.job"
-CONFIGS = "trl.accelerate_configs"
+# Configurations that are known by name: TRL's, and this package's.
+CONFIGS = ("trl.accelerate_configs", "trl_qtarget.cli")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -128,7 +129,7 @@ def with_accelerate_config(arguments: Sequence[str]) -> list[str]:
     """`--accelerate_config NAME` as Accelerate's own `--config_file PATH`.
 
     Args:
-        arguments: options of the launcher; NAME is a file, or one of the configurations that come with TRL.
+        arguments: options of the launcher; NAME is a file, or one of the configurations that are known.
 
     Raises:
         ValueError: there is no such file or configuration.
@@ -146,13 +147,12 @@ def with_accelerate_config(arguments: Sequence[str]) -> list[str]:
     if os.path.isfile(name):
         path = name
     else:
-        known = sorted(
-            file.name[:-5] for file in importlib.resources.files(CONFIGS).iterdir() if file.suffix == ".yaml"
-        )
+        files = (file for folder in CONFIGS for file in importlib.resources.files(folder).iterdir())
+        known = {file.name[:-5]: file for file in files if file.name.endswith(".yaml")}
         if name not in known:
-            hint = suggestion(name, known) or f": choose one of {', '.join(known)}, or a file."
+            hint = suggestion(name, known) or f": choose one of {', '.join(sorted(known))}, or a file."
             raise ValueError(f"`--accelerate_config {name}` is neither a file nor a known configuration{hint}")
-        path = importlib.resources.files(CONFIGS) / f"{name}.yaml"
+        path = known[name]
     return ["--config_file", str(path), *arguments]
 
 

@@ -59,8 +59,8 @@ _THEIRS = {
 }
 _LAUNCH = {
     "config": "YAML file of arguments by name, those of the launch among them. The command line wins.",
-    "accelerate_config": "Launch by this configuration of Accelerate: a file, or one that comes with TRL (multi_gpu, "
-    "zero1, zero2, zero3, fsdp2, ...).",
+    "accelerate_config": "Launch by this configuration of Accelerate: a file, multi_gpu, zero1, zero2, zero3, fsdp2, "
+    "or sequence_parallel, which splits long sequences over the processes.",
     "num_processes": "Processes in all, one for each GPU. Every other option of `accelerate launch` is taken too.",
     "debug": "Show the traceback of an error.",
     "help_all": "All arguments.",

@@ -10,10 +10,10 @@ import numpy
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
-from trl.trainer.utils import create_model_from_path
 
 from ..loss.head import CHANGED
 from ..priors.base import base_model_of
+from ..priors.loading import load_causal_model
 
 
 def load_policy(name: str, **options: Any) -> nn.Module:
@@ -22,7 +22,7 @@ def load_policy(name: str, **options: Any) -> nn.Module:
         from peft import AutoPeftModelForCausalLM
 
         return AutoPeftModelForCausalLM.from_pretrained(name, **options)
-    return create_model_from_path(name, **options)
+    return load_causal_model(name, **options)
 
 
 def precision() -> dict[str, bool]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
@@ -31,6 +32,11 @@ def head_module(model: PreTrainedModel) -> nn.Module:
 def rows(weight: Tensor) -> int:
     """How many tokens a head knows; ZeRO-3 keeps the shape of what it has sharded beside it."""
     return getattr(weight, "ds_shape", weight.shape)[0]
+
+
+def whole(value: Tensor | None) -> Tensor | None:
+    """A weight or bias of which tensor parallelism has left a part on each rank, gathered: every rank calls this."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def no_logits(of: Tensor, like: Tensor, vocabulary: int) -> Tensor:

@@ -191,5 +191,6 @@ def _small(batch: dict[str, Any]) -> dict[str, Any]:
         "sequence_ids": if_given("sequence_ids", torch.arange(_TOKENS, device=hidden.device) // 5),
         "chunk_tokens": _TOKENS // 2,
         "observer": None,
+        "group": None,  # other ranks may have remembered
         "top_k": None if batch.get("top_k") is None else small_top_k(batch["top_k"]),
     }

@@ -22,6 +22,7 @@ from ..target.objective import Objective
 from ..target.tile import LabelStatistics, Tile
 from ..target.token_target import TokenTarget
 from ..target.top_k import TopKPrior
+from .group import SequenceGroup
 from .zeros import ZeroSearch
 
 
@@ -100,6 +101,7 @@ class Batch:
     kernel: Kernel
     observer: Callable[[slice, TokenTarget], None] | None = None
     top_k: TopKPrior | None = None
+    group: SequenceGroup | None = None
 
     def __post_init__(self):
         # Autocast is read here, before it is switched off for the loop.
@@ -242,7 +244,7 @@ class Batch:
                 if prior is not None:
                     prior[block] = tile.prior_label_log_probs
         labels = LabelStatistics(policy, policy if prior is None else prior, self.token_weights, self.sequence_ids)
-        return self.objective.token_trust(labels)
+        return self.objective.token_trust(labels) if self.group is None else self.group.trust(self.objective, labels)
 
     def _record(self, statistics: dict[str, Tensor], block: slice, target: TokenTarget) -> None:
         statistics["token_loss"][block] = self.objective.value(target)

@@ -11,7 +11,7 @@ import inspect
 import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,12 +20,12 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from transformers import PretrainedConfig, PreTrainedModel
-from trl.trainer.utils import maybe_gather_lm_head_ctx
+from transformers import PreTrainedModel
 
 from ..gemm import Head
 from ..target.objective import Objective
-from .body import UnfitHead, head_module, module_of_product, no_logits, rows, run_body, run_head
+from .balance import load_balancing_loss
+from .body import UnfitHead, head_module, module_of_product, no_logits, rows, run_body, run_head, whole
 from .linear import LinearQTargetOutput, Observer, fused_loss
 from .probe import LogitTransform, check_weight, logits_of, measure, probe_inputs, read_logit_transform
 from .request import (
@@ -91,7 +91,7 @@ def vocabulary_of(model: PreTrainedModel) -> int:
 def gathered(*heads: ModelHead | None, device: torch.device | None = None) -> Iterator[list[Head | None]]:
     """The heads, whole and on `device`: those that FSDP2 or ZeRO-3 has sharded are gathered for this context."""
 
-    def whole(value: Tensor | None, vocabulary: int | None) -> Tensor | None:
+    def in_use(value: Tensor | None, vocabulary: int | None) -> Tensor | None:
         if value is None:
             return None
         if value.is_meta:
@@ -99,17 +99,16 @@ def gathered(*heads: ModelHead | None, device: torch.device | None = None) -> It
                 "`lm_head` of the prior's model has no values on this process: load that model with its head on a "
                 "device (`device_map`)."
             )
-        value = value.full_tensor() if isinstance(value, DTensor) else value
+        value = whole(value)
         return (value if vocabulary is None else value[:vocabulary]).to(device)
 
     weights = [value for head in heads if head is not None for value in (head.weight, head.bias)]
-    parameters = [value for value in weights if hasattr(value, "ds_status")]
-    with maybe_gather_lm_head_ctx(*parameters):
+    with _whole_in_zero3([value for value in weights if hasattr(value, "ds_status")]):
         yield [
             head
             and Head(
-                whole(head.weight, head.vocabulary),
-                whole(head.bias, head.vocabulary),
+                in_use(head.weight, head.vocabulary),
+                in_use(head.bias, head.vocabulary),
                 head.logit_scale,
                 head.logit_softcap,
             )
@@ -117,11 +116,16 @@ def gathered(*heads: ModelHead | None, device: torch.device | None = None) -> It
         ]
 
 
-def _load_balancing_loss(config: PretrainedConfig, router_logits: Any, attention_mask: Tensor | None) -> Tensor:
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+def _whole_in_zero3(parameters: Sequence[nn.Parameter]) -> AbstractContextManager:
+    """ZeRO-3's parameters, whole for this context. Those that are whole already stay so when it ends."""
+    if not parameters:
+        return nullcontext()
+    import deepspeed  # it has made them
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    experts = getattr(config, "num_experts", None) or config.num_local_experts
-    return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, attention_mask)
+    # Tied embeddings are in use while the head is, and two heads may share a weight: once each.
+    absent = {id(value): value for value in parameters if value.ds_status != ZeroParamStatus.AVAILABLE}
+    return deepspeed.zero.GatheredParameters(list(absent.values())) if absent else nullcontext()
 
 
 def _right_align(values: Tensor, length: int) -> Tensor:
@@ -162,7 +166,9 @@ def _target_loss(
         next_tokens = NextTokens.shifted(labels)
 
     def per_token(values: Tensor | None) -> Tensor | None:
-        return None if values is None else next_token(_right_align(values, length)).to(device)
+        if values is None:
+            return None
+        return (values.reshape(-1) if request.shifted else next_token(_right_align(values, length))).to(device)
 
     def of_prior(values: Tensor) -> Tensor:
         return _right_align(values, length).flatten(0, 1).to(device)
@@ -183,6 +189,7 @@ def _target_loss(
             "chunk_tokens": request.chunk_tokens,
             "kernel": request.kernel,
             "index": next_tokens.index.to(device),
+            "group": request.group,
         }
         tokens = (hidden, head, next_tokens.labels.to(device))
 
@@ -272,7 +279,8 @@ def add_target_head(model: PreTrainedModel) -> None:
         tokens, outputs = _loss_in_place_of_logits(self, args, kwargs, *of_batch)
         aux_loss = None
         if kwargs.get("output_router_logits"):
-            aux_loss = _load_balancing_loss(text_config, outputs.router_logits, kwargs.get("attention_mask"))
+            mask = kwargs.get("attention_mask")
+            aux_loss = load_balancing_loss(text_config, outputs.router_logits, mask, qtarget.group)
         return QTargetOutput.of(tokens, aux_loss)
 
     model.forward = types.MethodType(forward, model)

@@ -27,6 +27,7 @@ from ..target.token_target import TokenTarget
 from ..target.top_k import TopKPrior, check_top_k
 from .choice import make_kernel
 from .chunks import Batch
+from .group import SequenceGroup
 
 
 # Called with the positions `[n]` of some scored tokens among all, and their target.
@@ -219,6 +220,7 @@ def fused_loss(
     kernel: str = "auto",
     observer: Observer | None = None,
     index: Tensor | None = None,
+    group: SequenceGroup | None = None,
 ) -> LinearQTargetOutput:
     """`linear_qtarget_loss` for arguments that are known to be good, as the trainer's are.
 
@@ -227,7 +229,8 @@ def fused_loss(
 
     `index` are the positions `[n]` of the labelled tokens, where they are known already: to find them, the device has
     to finish all that it was given before. `observer` is shown the target of every block, with the positions `[n]` of
-    its tokens, before the next one replaces it: so what is looked at is what is trained toward.
+    its tokens, before the next one replaces it: so what is looked at is what is trained toward. `group` are the ranks
+    that have the other pieces of the same sequences; `num_items_in_batch` is then of all of them.
     """
     _refuse_forward_mode(hidden, head.weight, head.bias)
     scored = labels != ignore_index
@@ -248,6 +251,7 @@ def fused_loss(
         "sequence_ids": rows(sequence_ids),
         "chunk_tokens": chunk_tokens,
         "observer": None if observer is None else lambda block, target: observer(index[block], target),
+        "group": group,
     }
     batch = Batch(**given, kernel=make_kernel(kernel, given))
     count = len(index) if num_items_in_batch is None else num_items_in_batch

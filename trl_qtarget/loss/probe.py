@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .body import UnfitHead, head_module, inference, rows, run_body, run_head
+from .body import UnfitHead, head_module, inference, rows, run_body, run_head, whole
 
 
 # Two positions more than are compared, so that a forward which counts on their number fails here and not in training.
@@ -128,8 +128,10 @@ def _product(hidden: Tensor, vocabulary: int) -> Tensor:
 
 
 def _check_product(model: PreTrainedModel, head: nn.Module, hidden: Tensor) -> None:
-    own = head(hidden)
-    ours = run_head(head, hidden, lambda module, value: F.linear(value, module.weight, getattr(module, "bias", None)))
+    def product(module: nn.Module, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, whole(module.weight), whole(getattr(module, "bias", None)))
+
+    own, ours = head(hidden), run_head(head, hidden, product)
     difference = (own.float() - ours.float()).abs().nan_to_num(0, 0, 0).max().item()
     size = own.float().abs().nan_to_num(0, 0, 0).max().item()
     if difference > 4 * torch.finfo(own.dtype).eps * size:

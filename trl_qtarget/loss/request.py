@@ -12,6 +12,7 @@ from ..gemm import Head
 from ..target.checks import check_labels_inside
 from ..target.objective import Objective
 from ..target.top_k import TopKPrior
+from .group import SequenceGroup
 from .linear import LinearQTargetOutput, Observer
 
 
@@ -91,7 +92,8 @@ class Observed:
 class TargetRequest:
     """What the loss needs beside the model's inputs.
 
-    `token_weights` and `sequence_ids` are `[B, T]`, aligned with the labels before the shift. `prior` is called inside
+    `token_weights` and `sequence_ids` are `[B, T]`, aligned with the labels before the shift, or after it where
+    `shifted` says so. `group` are the ranks that have the other pieces of the same sequences. `prior` is called inside
     the model's forward, before the policy's own pass. `next_tokens` are the labels, for a prior that runs before that
     forward. `observer` sees every token's target; positions count the flattened `[B·T]` of the batch. After that, each
     of `observed` has its turn.
@@ -106,6 +108,8 @@ class TargetRequest:
     observer: Observer | None = None
     next_tokens: NextTokens | None = None
     observed: Sequence[Observed] = ()
+    shifted: bool = False
+    group: SequenceGroup | None = None
 
 
 class Sealed:

@@ -5,27 +5,28 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedModel
-from trl import SFTConfig
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..loss.head import vocabulary_of
 from .base import Prior, base_model_of
 from .cached import CachedPrior
 from .choice import PriorChoice, PriorKind
 from .fit import check_kind, check_separate
+from .loading import policy_options
 from .own import OwnPrior
 from .reference import ModelPrior, freeze, load_reference
-from .shards import in_zero3
+from .shards import is_sharded
 from .starting_copy import StartingCopyPrior, starting_copy
 from .store import PriorCache
 from .tokens import ReadableIds, check_tokens
+from .ulysses import check_same_heads, has_packed_rows, is_split
 
 
 def build_prior(
     choice: PriorChoice,
     policy: PreTrainedModel,
     wrapped: Callable[[], nn.Module],
-    args: SFTConfig,
+    args: TrainingArguments,
     accelerator: Accelerator,
     processing_class: Any,
     tail: str | None = None,
@@ -36,7 +37,7 @@ def build_prior(
         choice: what `choose_prior` decided.
         policy: the policy, loaded and perhaps with adapters, before any wrapper.
         wrapped: called for the policy in its wrapper, which the trainer makes later.
-        args: how a model is loaded from a path.
+        args: how a model is loaded from a path: `model_init_kwargs`, where they have them.
         accelerator: where models are placed.
         processing_class: the policy's tokenizer or processor, which a reference model's is compared with.
         tail: of a cache of the form `top_k`.
@@ -58,17 +59,22 @@ def build_prior(
             return OwnPrior(policy, wrapped, adapters=False)
         case PriorKind.REFERENCE:
             model = choice.reference
-            check_tokens(model, processing_class, choice.reference_name, args.model_init_kwargs)
+            check_tokens(model, processing_class, choice.reference_name, policy_options(args))
             if isinstance(model, str):
                 model = load_reference(model, policy, args, accelerator)
             check_kind("ref_model", model)
             check_separate(model, policy)
+            if is_split(accelerator):
+                check_same_heads(base_model_of(model), base_model_of(policy), accelerator)
             ids = ReadableIds(base_model_of(model), base_model_of(policy), processing_class)
             placed, causal_model = freeze(model, accelerator)
             ids.announce(causal_model)
-            return ModelPrior(placed, causal_model, ids=ids)
+            prior = ModelPrior(placed, causal_model, ids=ids)
+            if is_split(accelerator):
+                prior.keep_rows(packed=has_packed_rows(args))
+            return prior
         case PriorKind.STARTING_COPY:
-            if in_zero3(policy):  # sharded while it was loaded
+            if is_sharded(policy):  # while it was loaded
                 model = load_reference(choice.starting_path, policy, args, accelerator, same_model=True)
             else:
                 model = starting_copy(policy, accelerator)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..loss.head import ModelHead
 from ..loss.request import PriorStates, TopKStates
@@ -16,7 +15,8 @@ from .base import Prior
 from .store import Manifest, PriorCache
 
 
-# What a batch carries of the cache: rows of `PriorCache.read` for every token, `[B, T, W]`.
+# What a batch carries of the cache: rows of `PriorCache.read` for every token, `[B, T, W]`. The prior wants each at
+# the token before the one that it speaks of.
 ROWS_KEY = "prior_rows"
 
 
@@ -33,8 +33,7 @@ class CachedPrior(Prior):
         self._head: ModelHead | None = None  # until it is first used, where it is used
 
     def states(self, inputs: Mapping[str, Any]) -> PriorStates | TopKStates:
-        # In the batch a row is at the token that it speaks of; the loss has it at the position before.
-        rows, manifest = F.pad(inputs[ROWS_KEY][:, 1:], (0, 0, 0, 1)), self.cache.manifest
+        rows, manifest = inputs[ROWS_KEY], self.cache.manifest
         if manifest.form == "hidden":
             return PriorStates(rows.view(getattr(torch, manifest.dtype)), partial(self._head_on, rows.device))
         return TopKStates(top_k_of(rows, manifest, self.tail))

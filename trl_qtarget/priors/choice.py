@@ -18,7 +18,7 @@ from ..target.objective import Objective
 from ..target.split import plan_of
 from .base import base_model_of
 from .fit import check_kind
-from .shards import in_zero3
+from .shards import is_sharded
 from .store import PriorCache
 
 
@@ -62,7 +62,7 @@ class PolicyFacts:
     Attributes:
         adapters: the PEFT configurations by name; empty without PEFT.
         path: where the policy is loaded from; None for a loaded model.
-        sharded: whether ZeRO-3 has sharded a loaded model.
+        sharded: whether a loaded model is in shards, of ZeRO-3 or of transformers' `DistributedConfig`.
         may_be_trained: whether adapters came with a loaded model, and so may have been trained already.
     """
 
@@ -78,7 +78,7 @@ class PolicyFacts:
         if isinstance(model, str):
             return cls(new, path=model)
         given = dict(model.peft_config) if is_peft_model(model) else {}
-        return cls(given | new, sharded=in_zero3(model), may_be_trained=bool(given))
+        return cls(given | new, sharded=is_sharded(model), may_be_trained=bool(given))
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def choose_prior(
             )
         return PriorChoice(kind, objective, _WORDS[kind], warning_if_trained=warning)
     if source in ("base", "start"):
-        # Weights that ZeRO-3 has sharded cannot be copied as a model of their own.
+        # Weights in shards cannot be copied as a model of their own.
         kind = PriorKind.START if policy.adapters or policy.sharded else PriorKind.STARTING_COPY
         return PriorChoice(kind, objective, _WORDS[kind], starting_path=policy.path)
     warning = (

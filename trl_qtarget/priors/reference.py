@@ -1,5 +1,6 @@
 """Another model as the prior, a reference model or a teacher: how it is loaded, frozen and placed."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -8,22 +9,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.big_modeling import _attach_context_parallel_hooks
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.dataclasses import get_module_class_from_name
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from transformers import PreTrainedModel
-from trl import SFTConfig
-from trl.models.utils import prepare_deepspeed
-from trl.trainer.utils import create_model_from_path
+from transformers import PreTrainedModel, TrainingArguments
 
 from ..loss.head import add_target_head, check_head, head_of
 from ..loss.request import PriorStates
 from .base import Prior, base_model_of
 from .documents import accepted, has_documents, mixes_documents, states_of_documents
 from .fit import Positions
-from .loading import reference_options
+from .loading import load_causal_model, policy_options, reference_options
 from .shards import in_fsdp2, in_zero3, reshard
 from .tokens import ReadableIds
 
@@ -59,6 +58,19 @@ class ModelPrior(Prior):
             hidden = self._run(**inputs)
         return PriorStates(hidden, partial(head_of, self.causal_model))
 
+    def keep_rows(self, packed: bool) -> None:
+        """Have every batch run as it comes: where sequences are split over ranks, none has whole documents.
+
+        Raises:
+            ValueError: rows hold several documents, and the model does not tell them apart by their positions.
+        """
+        if packed and self._told_apart_by_rows():
+            raise ValueError(
+                "`ref_model` does not tell documents apart by their positions, and under sequence parallelism packed "
+                "rows cannot be taken apart for it: set `packing=False` and `padding_free=False`."
+            )
+        self._mixes_documents = False
+
     def _told_apart_by_rows(self) -> bool:
         if self._mixes_documents is None:
             self._mixes_documents = mixes_documents(self.causal_model, self._run)
@@ -77,14 +89,15 @@ class ModelPrior(Prior):
 
 
 def load_reference(
-    path: str, policy: PreTrainedModel, args: SFTConfig, accelerator: Accelerator, same_model: bool = False
+    path: str, policy: PreTrainedModel, args: TrainingArguments, accelerator: Accelerator, same_model: bool = False
 ) -> PreTrainedModel:
     """Load a reference model in the policy's dtype, by those of the policy's options that say nothing of which model.
 
     The `same_model` takes all of them. Code of another model's repository is not run: load such a model yourself.
     """
-    given = args.model_init_kwargs or {}
-    own = {"trust_remote_code": args.trust_remote_code} | given if same_model else reference_options(given)
+    given = policy_options(args)
+    own = {"trust_remote_code": getattr(args, "trust_remote_code", False)} | given
+    own = own if same_model else reference_options(given)
     options = {"dtype": policy.dtype} | own
     if accelerator.num_processes > 1:
         options["device_map"] = None
@@ -95,7 +108,7 @@ def load_model(path: str, options: Mapping[str, Any]) -> nn.Module:
     """A causal language model by its path; of an adapter's folder its base, by the same options, with the adapter."""
     folder = Path(path)
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
-        return create_model_from_path(path, **options)
+        return load_causal_model(path, **options)
     from peft import PeftConfig, PeftModel  # not needed by anything else
 
     base = PeftConfig.from_pretrained(path).base_model_name_or_path
@@ -105,7 +118,7 @@ def load_model(path: str, options: Mapping[str, Any]) -> nn.Module:
             "the adapter on it with `PeftModel.from_pretrained`, and pass that."
         )
     without_revision = {name: value for name, value in options.items() if name != "revision"}
-    return PeftModel.from_pretrained(create_model_from_path(base, **without_revision), path)
+    return PeftModel.from_pretrained(load_causal_model(base, **without_revision), path)
 
 
 def freeze(ref_model: PreTrainedModel, accelerator: Accelerator) -> tuple[nn.Module, PreTrainedModel]:
@@ -127,12 +140,29 @@ def _place(ref_model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
     # bitsandbytes weights cannot be cut into shards, so each rank has the whole of a quantised model.
     if not getattr(ref_model, "is_quantized", False):
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return prepare_deepspeed(ref_model, accelerator)
+            return _in_deepspeed(ref_model, accelerator)
         if accelerator.distributed_type == DistributedType.FSDP:
+            if accelerator.parallelism_config is not None and accelerator.parallelism_config.cp_enabled:
+                _attach_context_parallel_hooks(ref_model)
             # Layer by layer, as the policy is. `Accelerator.prepare_model` would leave it whole on every rank.
             with _own_layers(accelerator.state.fsdp_plugin, ref_model):
                 return fsdp2_prepare_model(accelerator, ref_model)
     return accelerator.prepare_model(ref_model, evaluation_mode=True)
+
+
+def _in_deepspeed(ref_model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
+    """A model in an engine of its own that trains nothing: sharded by ZeRO-3, whole on every rank by the others."""
+    import deepspeed  # not needed by anything else
+
+    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+    zero = config["zero_optimization"]
+    # Without an optimiser these have nothing to work on, and DeepSpeed would fail on them.
+    for options, name in ((config, "optimizer"), (config, "scheduler"), (zero, "offload_optimizer")):
+        options.pop(name, None)
+    if zero["stage"] != 3:
+        zero["stage"] = 0
+    engine, *_ = deepspeed.initialize(model=ref_model, config=config)
+    return engine.eval()
 
 
 @contextmanager

@@ -23,6 +23,11 @@ def in_zero3(model: nn.Module) -> bool:
     return any(map(_in_zero3, model.parameters()))
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model is in shards already, before any trainer: by ZeRO-3, or by transformers as it was loaded."""
+    return any(_in_zero3(value) or isinstance(value, DTensor) for value in model.parameters())
+
+
 def in_fsdp2(model: nn.Module) -> bool:
     """Whether FSDP2 has sharded a model."""
     return any(isinstance(module, FSDPModule) for module in model.modules())

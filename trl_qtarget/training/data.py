@@ -7,7 +7,8 @@ speaks of it), it takes the same steps here.
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -15,42 +16,15 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from torch.nn import functional as F
 from trl.data_utils import get_dataset_column_names, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..loss.request import IGNORE_INDEX
 from ..priors.cached import ROWS_KEY
+from ..priors.choice import PriorChoice
 from ..priors.store import PriorCache, tokenizer_fingerprint
-
-
-WEIGHTS_KEY = "token_weights"
-SEQUENCES_KEY = "sequence_ids"
-PLACES_KEY = "prior_places"
-
-
-@dataclass(frozen=True)
-class TokenColumns:
-    """Which per-token columns the target needs.
-
-    Attributes:
-        weights: name of the column of weights, or None.
-        documents: whether documents are told apart.
-        cache: what a prior has said, whose places are carried, or None.
-    """
-
-    weights: str | None = None
-    documents: bool = False
-    cache: PriorCache | None = None
-
-    def __bool__(self) -> bool:
-        return self.weights is not None or self.documents or self.cache is not None
-
-    def keys(self) -> dict[str, str]:
-        """Dataset column -> name in the batch."""
-        keys = {self.weights: WEIGHTS_KEY} if self.weights is not None else {}
-        keys |= {SEQUENCES_KEY: SEQUENCES_KEY} if self.documents else {}
-        return keys | ({PLACES_KEY: ROWS_KEY} if self.cache is not None else {})
+from ..target.config import QTargetConfig
+from .columns import PLACES_KEY, SEQUENCES_KEY, WEIGHTS_KEY, TokenColumns
 
 
 def check_column(column: str, datasets: dict[str, Any]) -> None:
@@ -64,64 +38,17 @@ def check_column(column: str, datasets: dict[str, Any]) -> None:
             )
 
 
-def check_batch(key: str, values: Any, labels: Tensor, label: str) -> None:
-    """Raise unless a batch brings one entry per label, and no weight that is negative, NaN or infinite."""
-    if values is None:
-        raise ValueError(
-            f"`data_collator` gave a batch without `{key}`, which {label} needs: return a float tensor of the shape "
-            "of `labels` under that key."
-        )
-    if values.shape != labels.shape:
-        raise ValueError(
-            f"`data_collator` gave `{key}` of shape {list(values.shape)} for `labels` of shape {list(labels.shape)}: "
-            "return one entry per label."
-        )
-    if values.dtype.is_floating_point and not (torch.isfinite(values) & (values >= 0)).all():
-        raise ValueError(f"`data_collator` gave `{key}` with a weight that is negative, NaN or infinite: use >= 0.")
-
-
-def check_rows(rows: Tensor | None, labels: Tensor, label: str) -> None:
-    """Raise unless a batch brings what the cache says of its tokens."""
-    if rows is None or rows.shape[:2] != labels.shape:
-        raise ValueError(
-            f"`data_collator` gave a batch without `{ROWS_KEY}` for every label, which {label} reads from its "
-            "`prior_cache`: leave the collator to the trainer, and the dataset to its preparation."
-        )
-
-
-def count_scored(batch: Mapping[str, Any], first: bool) -> Tensor:
-    """How many labels of a batch the loss scores; `first` says whether it scores the first of a row."""
-    labels = batch.get("shift_labels")
-    if labels is None:
-        labels = batch["labels"] if first else batch["labels"][:, 1:]
-    return (labels != IGNORE_INDEX).sum()
-
-
-def sequences_of(inputs: Mapping[str, Any]) -> Tensor:
-    """Which document each token of a batch belongs to, `[B, T]`: one per row, but where the batch says more.
-
-    It does so by `seq_idx` or by position ids that do not go on, both `[B, T]`, or by `cu_seq_lens_q` of a single row.
-    """
-    labels = inputs["labels"]
-    rows, length = labels.shape
-    row = torch.arange(rows, device=labels.device)[:, None]
-    return (row * (length + 1) + _documents_of_rows(inputs, labels)).expand_as(labels)
-
-
-def _documents_of_rows(inputs: Mapping[str, Any], labels: Tensor) -> Tensor | int:
-    """The number of a token's document in its row; 0 where nothing tells documents apart."""
-    positions, index, ends = (inputs.get(name) for name in ("position_ids", "seq_idx", "cu_seq_lens_q"))
-    if positions is not None and positions.dim() == 3:  # of text and image: in the text, height, width and time
-        positions = positions[0] if len(positions) == 4 else None
-    if index is not None:
-        begins = index[:, 1:] != index[:, :-1]
-    elif positions is not None:
-        begins = positions[:, 1:] <= positions[:, :-1]
-    elif ends is not None and len(labels) == 1:
-        return torch.bucketize(torch.arange(labels.size(1), device=labels.device), ends[1:], right=True)
-    else:
-        return 0
-    return F.pad(begins, (1, 0)).cumsum(-1)
+def columns_for(config: QTargetConfig, choice: PriorChoice, given: Mapping[str, Any]) -> TokenColumns:
+    """The per-token columns that a target needs, checked against the datasets that a trainer is given."""
+    args, weights = given.get("args"), None
+    if config.uses_token_weights:
+        weights = config.token_weight_column or WEIGHTS_KEY
+        datasets = {"train": given.get("train_dataset")}
+        evaluation = given.get("eval_dataset")
+        datasets |= evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+        check_column(weights, {name: dataset for name, dataset in datasets.items() if dataset is not None})
+    packed = bool(getattr(args, "packing", False) or getattr(args, "eval_packing", False))
+    return TokenColumns(weights, packed and choice.objective.trust.per_sequence, choice.cache)
 
 
 def check_weights(weights: Any, tokens: int, column: str, row: Any) -> list[float]:
@@ -177,9 +104,7 @@ def prepare_with_columns(
         dataset = _with_places(dataset, args, packing, columns.cache, dataset_name)
         token_columns.append(PLACES_KEY)
 
-    state = PartialState()
-    # As TRL does it: once where all processes share a cache, else once per node.
-    with state.main_process_first(), state.local_main_process_first():
+    with main_first():
         if columns.weights is not None:
             dataset = _map(dataset, args, _checked(columns.weights), f"Checking weights of {dataset_name} dataset")
         if packing:
@@ -188,6 +113,24 @@ def prepare_with_columns(
             dataset = _map(dataset, args, _truncation(args, token_columns), f"Truncating {dataset_name} dataset")
             dataset = dataset.filter(lambda example: any(label != IGNORE_INDEX for label in example["labels"]))
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """As TRL does it: once where all processes share a cache of data, else once per node; the others read the cache.
+
+    Where the first ones raise, the others have their turn all the same, and find it by themselves.
+    """
+    state = PartialState()
+    for waits in (not state.is_main_process, not state.is_local_main_process):
+        if waits:
+            state.wait_for_everyone()
+    try:
+        yield
+    finally:
+        for waited in (not state.is_local_main_process, not state.is_main_process):
+            if not waited:
+                state.wait_for_everyone()
 
 
 def _map(dataset: Dataset | IterableDataset, args: Any, function: Callable, description: str) -> Any:
@@ -221,8 +164,7 @@ def _with_places(
         return {PLACES_KEY: places, "_missing": missing}
 
     streamed = isinstance(dataset, IterableDataset)
-    state = PartialState()
-    with state.main_process_first(), state.local_main_process_first():
+    with main_first():
         dataset = _map(dataset, args, place, f"Looking up {name} dataset in the cache")
     if not streamed:
         missing = [row for row, is_missing in enumerate(dataset["_missing"]) if is_missing]
@@ -292,6 +234,7 @@ class TokenColumnCollator(DataCollatorForLanguageModeling):
     """TRL's collator, with per-token columns padded or flattened exactly as the labels are."""
 
     columns: TokenColumns = field(default_factory=TokenColumns)
+    reads_cache: bool = True  # else a batch has the places, for who reads after the batch was split
 
     @classmethod
     def extending(cls, collator: DataCollatorForLanguageModeling, columns: TokenColumns) -> "TokenColumnCollator":
@@ -305,10 +248,10 @@ class TokenColumnCollator(DataCollatorForLanguageModeling):
             if column in examples[0]:
                 batch[key] = self._collate(column, examples, batch["labels"])
         if PLACES_KEY in examples[0]:
-            places = batch[ROWS_KEY]
+            places = batch.pop(ROWS_KEY)
             # The first token of a document, which another one precedes in a packed row: nothing is known of it.
             batch["labels"] = batch["labels"].masked_fill(places < 0, IGNORE_INDEX)
-            batch[ROWS_KEY] = self.columns.cache.read(places)
+            batch |= {ROWS_KEY: self.columns.cache.read(places)} if self.reads_cache else {PLACES_KEY: places}
         return batch
 
     def _collate(self, column: str, examples: list[dict[str, Any]], labels: Tensor) -> Tensor:

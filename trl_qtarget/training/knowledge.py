@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from ..loss.body import inference
 from ..loss.linear import LinearQTargetOutput
 from ..loss.request import Sealed, TargetRequest, next_token
-from ..priors.cached import ROWS_KEY
 from ..priors.choice import PriorChoice
 from ..target.config import QTargetConfig
 from ..target.measured import Knowledge
 from ..target.tile import sequence_means
-from .data import SEQUENCES_KEY, WEIGHTS_KEY, sequences_of
+from .batch import ALL_KEYS
+from .columns import sequences_of
 
 
 logger = get_logger(__name__)
@@ -88,7 +88,7 @@ class SettlingMixin:
 
     def _policy_alone(self, model: Any, inputs: Mapping[str, Any]) -> LinearQTargetOutput:
         """The policy's statistics of every token of a batch."""
-        inputs = {key: value for key, value in inputs.items() if key not in (WEIGHTS_KEY, SEQUENCES_KEY, ROWS_KEY)}
+        inputs = {key: value for key, value in inputs.items() if key not in ALL_KEYS}
         config = self.qtarget_config
         request = TargetRequest(_PLAIN, chunk_tokens=config.chunk_tokens, kernel=config.kernel)
         with inference(self.model), self.accelerator.autocast():

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import SFTConfig
+from transformers import TrainingArguments
 
 from ..loss.linear import LinearQTargetOutput
 
@@ -15,7 +15,7 @@ TARGET_METRICS = ("nll", "trust", "label_mass", "kl", "prior_agreement")
 _NLL = "target/nll"
 
 
-def judge_by_nll(args: SFTConfig, evaluation_sets: Any) -> bool:
+def judge_by_nll(args: TrainingArguments, evaluation_sets: Any) -> bool:
     """Let the NLL choose the best checkpoint where nothing has been said of it, and less of it be better.
 
     The objective's own value, `eval_loss`, says nothing of how good a model is: it is constant for PSFT, and for

@@ -1,13 +1,13 @@
-"""The target that a `QTargetConfig` and an `SFTConfig` name together."""
+"""The target that a `QTargetConfig` and training arguments name together."""
 
 from typing import Any
 
-from trl import SFTConfig
+from transformers import TrainingArguments
 
 from ..target.config import QTargetConfig
 
 
-def resolve_config(config: Any, args: SFTConfig | None, compute_loss_func: Any = None) -> QTargetConfig:
+def resolve_config(config: Any, args: TrainingArguments | None, compute_loss_func: Any = None) -> QTargetConfig:
     """The target that the two configurations name together; contradictions are refused."""
     loss_type = getattr(args, "loss_type", None)
     if config is None and loss_type == "dft":
@@ -20,7 +20,7 @@ def resolve_config(config: Any, args: SFTConfig | None, compute_loss_func: Any =
         )
     if getattr(args, "label_smoothing_factor", 0):
         raise ValueError(
-            "`label_smoothing_factor` in the `SFTConfig` would replace the target: set it to 0 and use "
+            f"`label_smoothing_factor` in the `{type(args).__name__}` would replace the target: set it to 0 and use "
             f"`QTargetConfig('label_smoothing', lam={args.label_smoothing_factor})`."
         )
     if compute_loss_func is not None:

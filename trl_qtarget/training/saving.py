@@ -1,7 +1,7 @@
 """What the trainer writes to disk, and how it goes on from there."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +24,14 @@ from .trackers import TargetForTrackers
 
 
 logger = get_logger(__name__)
+
+# Of models on the hub.
+_TAG = "trl-qtarget"
+
+
+def _with_own_tag(tags: str | Iterable[str] | None) -> list[str]:
+    given = [tags] if isinstance(tags, str) else list(tags or ())
+    return given if _TAG in given else [*given, _TAG]
 
 
 class CheckpointMixin:
@@ -101,6 +109,8 @@ class CheckpointMixin:
             self.create_model_card()  # else only checkpoints and pushes would write one
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        if len(args) < 3:  # the place of `tags` in transformers and in TRL
+            kwargs["tags"] = _with_own_tag(kwargs.get("tags"))
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             add_target(Path(self.args.output_dir) / "README.md", self.resolved_target)
