@@ -110,6 +110,7 @@ def test_sft_trains_what_the_trainer_trains(folder):
     AutoModelForCausalLM.from_pretrained(folder / "asft")
 
 
+@pytest.mark.slow
 def test_recipe_of_trl_works_and_gives_its_weights(folder):
     """The same YAML through `trl sft` and, after changing the program's name, through ours."""
     recipe = {"loss_type": "dft", "dataset_name": str(folder / "rows")}

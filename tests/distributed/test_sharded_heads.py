@@ -10,6 +10,7 @@ def outcomes(tmp_path_factory):
     return outcomes_of("sharded_heads.py", tmp_path_factory.mktemp("heads"))
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", CASES)
 def test_sharded_head(name, outcomes):
     assert outcomes[name] == ""

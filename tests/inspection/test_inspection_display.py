@@ -164,6 +164,7 @@ def test_charts_name_what_they_show(opened):
     ]
 
 
+@pytest.mark.slow  # it takes the time, and so needs a machine that does nothing else
 def test_big_page_loads_fast(opened):
     page = opened(inspection_data(20, 500, prompt=1))
     took = []

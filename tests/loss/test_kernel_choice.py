@@ -43,7 +43,7 @@ def batch_of(config: QTargetConfig, head: str = "plain"):
 
 
 # One for every way in which statistics are folded and gradients made.
-_SOME = ("sft", "eaft", "iw_sft", "label_smoothing", "asft", "gem", "target_sft", "otr", "prift_mass")
+_SOME = ("eaft", "iw_sft", "gem", "target_sft", "prift_mass")
 _PAIRS = list(product(CLOSED, HEADS))
 
 

@@ -146,7 +146,12 @@ def qwen3(**sizes):
 
 @pytest.mark.parametrize(
     ("make", "sizes"),
-    [(llama, {}), (llama, {"vocab_size": 8192}), (llama, {"tie_word_embeddings": True}), (qwen3, {})],
+    [
+        (llama, {}),
+        pytest.param(llama, {"vocab_size": 8192}, marks=pytest.mark.slow),
+        pytest.param(llama, {"tie_word_embeddings": True}, marks=pytest.mark.slow),
+        (qwen3, {}),
+    ],
     ids=["llama", "large-vocabulary", "tied", "qwen3"],
 )
 def test_account_is_what_a_step_takes(make, sizes, tmp_path):

@@ -118,14 +118,21 @@ def check_same_logs(ours: list[dict], theirs: list[dict], names: tuple[str, ...]
 _RUNS = list(product(CASES, [("sft", "nll"), ("dft", "dft")], ["sgd", "adamw"]))
 
 
+_SOME = (
+    "padded",
+    "packing_bfd",
+    "padding_free",
+    "completion_only",
+    "assistant_only",
+    "accumulation",
+    "lora",
+    "streaming",
+)
+
+
 def _quick(name: str, losses: tuple[str, str], optim: str) -> bool:
     if losses[0] == "sft":
-        return optim == "sgd" and name not in (
-            "packing_wrapped",
-            "tied_embeddings",
-            "moe_accumulation",
-            "prefix_tuning",
-        )
+        return optim == "sgd" and name in _SOME
     return optim == "adamw" and name in ("padded", "accumulation", "moe")
 
 

@@ -75,7 +75,7 @@ def test_saving_once_writes_the_card(tmp_path, peft):
     assert QTargetConfig.from_pretrained(tmp_path / "elsewhere").method == "dft"
 
 
-@pytest.mark.parametrize("peft", [False, True])
+@pytest.mark.parametrize("peft", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_trained_model_loads_without_this_package(tmp_path, peft):
     base = tmp_path / "base"
     tiny.model().save_pretrained(base)

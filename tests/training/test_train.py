@@ -7,6 +7,7 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from thinned import by_kernels, thinned
 from training import (
     SAME,
     check_equals_dense,
@@ -39,7 +40,7 @@ def weighted_dataset(count: int = 24) -> Dataset:
 # --- every target ---
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", thinned(METHODS, by_kernels))
 def test_train_every_method(method):
     teacher = method.startswith("distill")
     run = train_target(
