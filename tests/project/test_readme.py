@@ -40,7 +40,7 @@ def test_diff_is_of_a_script_that_trains_before_and_after(tmp_path):
     """Three lines changed or added beside the import of our own class; with a tiny model in the place of the hub's."""
     tiny.model().save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
-    lines = re.search(r"```diff\n(.*?)```", README, re.DOTALL)[1].splitlines()
+    lines = re.search(r"```diff\n(-from.*?)```", README, re.DOTALL)[1].splitlines()
     for sign, trainer_class in (("-", SFTTrainer), ("+", QTargetSFTTrainer)):
         code = "\n".join(line[1:] for line in lines if line[:1] in (sign, " ", ""))
         code = code.replace("Qwen/Qwen3-1.7B", str(tmp_path / "model")).replace('"out"', repr(str(tmp_path)))
