@@ -14,7 +14,7 @@ from trl_qtarget.loss.request import TargetRequest
 pytestmark = pytest.mark.slow
 
 # docs/limits.md
-REFUSED = ("prophetnet",)
+REFUSED = ("dory", "prophetnet")
 # What a configuration of small sizes could not be found for, or what needs a library that is not installed.
 NOT_MADE = (
     "bailing_hybrid",

@@ -93,6 +93,18 @@ def test_what_does_not_fit_is_refused_at_construction(name, as_teacher):
     assert type(model).__name__ in str(refusal.value)
 
 
+@pytest.mark.parametrize("name", heads.TRAINED)
+def test_what_is_trained_beside_the_product_is_refused_unless_it_is_frozen(name):
+    """Its start changes nothing, so the first loss would be right, and no later one."""
+    model = heads.build(heads.TRAINED[name])
+    with pytest.raises(ValueError, match=r"trains .* (it|these parameters) \(`requires_grad_\(False\)`\)"):
+        trainer(model)
+    model = heads.build(heads.TRAINED[name])
+    next(value for part, value in model.named_parameters() if part.endswith("factor")).requires_grad_(False)
+    check_equals_dense(trainer(model), None)
+    check_equals_dense(trainer(warm_model(), "distill", ref_model=model), model)
+
+
 def test_a_refusal_tells_both_numbers():
     with pytest.raises(ValueError, match=r"(\S+) becomes (\S+) in its logits and (\S+) in the fused loss") as refusal:
         trainer(heads.build(heads.of(heads.Squared)))

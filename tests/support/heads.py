@@ -132,6 +132,32 @@ def normed_head() -> PreTrainedModel:
     return model
 
 
+class _ScaledHead(nn.Linear):
+    """With a factor for every token, one at first, as Dory has it."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes, bias=False)
+        self.factor = nn.Parameter(torch.ones(sizes[1]))
+
+    def forward(self, hidden):
+        return super().forward(hidden) * self.factor
+
+
+def scaled_head() -> PreTrainedModel:
+    model = tiny.model()
+    model.lm_head = _ScaledHead(*reversed(model.lm_head.weight.shape))
+    return model
+
+
+class TrainedScale(OwnForward):
+    def __init__(self, config):
+        super().__init__(config)
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def after(self, logits):
+        return logits * self.factor
+
+
 def of(cls: type[LlamaForCausalLM]) -> Callable[[], PreTrainedModel]:
     return lambda: cls(transformers.LlamaConfig(**sizes()))
 
@@ -155,6 +181,10 @@ UNFIT = {
     "without_its_module": (of(WithoutItsModule), "called 0 times"),
     "normed": (normed_head, "does more than multiply with its weight"),
 }
+
+
+# Policies whose loss would be right at first, and which would not be trained whole.
+TRAINED = {"head": scaled_head, "after_the_head": of(TrainedScale)}
 
 
 def build(make: Callable[[], PreTrainedModel], seed: int = 0) -> PreTrainedModel:

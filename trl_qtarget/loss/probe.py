@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .body import UnfitHead, head_module, inference, rows, run_body, run_head, whole
+from .body import UnfitHead, head_module, inference, module_of_product, rows, run_body, run_head, whole
 
 
 # Two positions more than are compared, so that a forward which counts on their number fails here and not in training.
@@ -106,11 +106,18 @@ def measure(
         nonlocal product
         _check_product(model, head, hidden[:1, :_POSITIONS])
         product = _product(hidden, rows(head.weight))
+        torch.set_grad_enabled(True)  # for what follows the head; what came before it has left no graph
         return product
 
     with _no_trace(model):
         hidden, outputs = run_body(model, forward, args, kwargs, answer)
-    return _fit(model, product, logits_of(outputs), hidden.dtype)
+    logits = logits_of(outputs)
+    if logits.requires_grad:
+        raise UnfitHead(
+            f"This {type(model).__name__} trains what it does with the product of its LM head, which the fused loss "
+            "would leave as it is: freeze these parameters (`requires_grad_(False)`), or use another class."
+        )
+    return _fit(model, product, logits, hidden.dtype)
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -128,6 +135,14 @@ def _product(hidden: Tensor, vocabulary: int) -> Tensor:
 
 
 def _check_product(model: PreTrainedModel, head: nn.Module, hidden: Tensor) -> None:
+    own = module_of_product(head)._parameters.items()
+    trained = [name for name, it in own if name not in ("weight", "bias") and it is not None and it.requires_grad]
+    if trained:
+        raise UnfitHead(
+            f"`lm_head` of this {type(model).__name__} trains `{trained[0]}` beside its weight and bias, which the "
+            "fused loss would leave as it is: freeze it (`requires_grad_(False)`), or use another class."
+        )
+
     def product(module: nn.Module, hidden: Tensor) -> Tensor:
         return F.linear(hidden, whole(module.weight), whole(getattr(module, "bias", None)))
 
