@@ -91,6 +91,7 @@ VARIANTS = [
     _OTHER_CLASS,
     _MEASURED,
     _BESIDE,
+    replace(_BESIDE, beside="lm_head"),
     _LOADED,
     *(_checkpointing(cell, reentrant) for cell in _SECOND_PASSES for reentrant in (True, False)),
     *(replace(_variant("accumulation", cell, **_ONE_BY_ONE), fills=False) for cell in _SECOND_PASSES),
