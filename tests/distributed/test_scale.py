@@ -91,6 +91,7 @@ VARIANTS = [
     _OTHER_CLASS,
     _MEASURED,
     _BESIDE,
+    replace(_BESIDE, beside="lm_head"),
     _LOADED,
     *(_checkpointing(cell, reentrant) for cell in _SECOND_PASSES for reentrant in (True, False)),
     *(replace(_variant("accumulation", cell, **_ONE_BY_ONE), fills=False) for cell in _SECOND_PASSES),
@@ -108,12 +109,12 @@ def _runs(backend: str, cell: Cell) -> bool:
     Native models are loaded by the name of their class. PEFT has no LoRA for layers under tensor parallelism, copies
     no module that FSDP2 has sharded (`modules_to_save`), and its AdaLoRA calls the model past FSDP2's hooks.
     """
+    if backend in NATIVE and cell is _SAVED:
+        return False  # transformers writes no checkpoint of their optimisers
     if backend not in NATIVE:
         return not (cell.experts and backend == "fsdp2")  # whose plugin wraps the layers of a Llama
     return not cell.stranger and not cell.adalora and not (cell.peft and backend != "native-fsdp2") and not cell.head
 
-
-OTHERS["native-ep2"] = [_EXPERTS]
 
 # What `make test` runs of it.
 QUICK = {

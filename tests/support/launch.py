@@ -22,7 +22,6 @@ NATIVE = {
     "native-fsdp2": {"fsdp_size": 2},
     "native-tp2": {"tp_size": 2},
     "native-fsdp2-tp2": {"fsdp_size": 2, "tp_size": 2},
-    "native-ep2": {"tp_size": 2, "ep_size": 2, "tp_plan": {}},
 }
 _TIMEOUT = 540
 # A launcher passes SIGTERM on to its workers, and gives them up to 30 seconds.

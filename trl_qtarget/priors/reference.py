@@ -162,7 +162,8 @@ def _in_deepspeed(ref_model: PreTrainedModel, accelerator: Accelerator) -> nn.Mo
     if zero["stage"] != 3:
         zero["stage"] = 0
     engine, *_ = deepspeed.initialize(model=ref_model, config=config)
-    return engine.eval()
+    engine.eval()  # which returns nothing
+    return engine
 
 
 @contextmanager
