@@ -114,7 +114,7 @@ def _measure(trainer: QTargetSFTTrainer, run: Run, study: Study, folder: Path) -
     greedy = mean(_solved_counts(trainer, others, GREEDY, 1, longest, run.seed))
     sampled = mean(_solved_counts(trainer, others, 1.0, samples, longest, run.seed)) / samples
     results["others"][other] = [round(greedy, 4), round(sampled, 4)]
-    results["kl"] = round(_kl_to_base(trainer, _solutions(others, "clean", 0.0, 0, folder)), 5)
+    results["kl"] = float(f"{_kl_to_base(trainer, _solutions(others, 'clean', 0.0, 0, folder)):.4g}")
     return results
 
 

@@ -28,8 +28,8 @@ def _in_signs(expression: str) -> str:
 
 
 def _sums(name: str, ask: Callable[[str], str], seed: int) -> Iterator[Problem]:
-    """Four numbers of one or two digits; no result on the way is negative, for its sign could be read as a minus."""
-    for entry, score in entries("chain_sum", seed, min_terms=4, max_terms=4, min_digits=1, max_digits=2):
+    """Three or four digits; no result on the way is negative, for its sign could be read as a minus."""
+    for entry, score in entries("chain_sum", seed, min_terms=3, max_terms=4, min_digits=1, max_digits=1):
         expression = entry["metadata"]["expression"]
         first, *rest = expression.split()
         operations = tuple((sign, int(term)) for sign, term in zip(rest[::2], rest[1::2], strict=True))
