@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 # Extra arguments: make demo ARGS="--method dft", make test ARGS="-k parity"
 ARGS ?=
 
-.PHONY: help demo test test-slow test-distributed lint format bench comparison docs figures clean
+.PHONY: help demo test test-slow test-distributed lint format bench comparison comparison-real docs figures clean
 help:
 	@echo "make demo    fine-tune a real language model toward an explicit target (minutes on two cores)"
 	@echo "make test    run the tests;  make test-slow  those that take minutes"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-distributed   every target on every backend, in jobs of two processes (minutes)"
 	@echo "make lint    check style;    make format  mend it"
 	@echo "make comparison   compare all methods (hours; resumable);  ARGS=--quick  a subset (minutes)"
+	@echo "make comparison-real   the same on a real model (hours; resumable);  ARGS=\"--seeds 5\"  more seeds"
 	@echo "make docs    build the documentation into build/docs"
 	@echo "make figures draw the figures of the documentation (needs Chromium; most of an hour on two cores)"
 	@echo "make bench   measure the loss and a training step against TRL (8 minutes on a GPU, an hour on a CPU)"
@@ -68,6 +69,10 @@ figures: $(VENV)/.ready
 # Goes on where it was interrupted; results and page in outputs/comparison.
 comparison: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(RUN) -m method_comparison $(ARGS)
+
+# The same for a real model, in outputs/comparison-real.
+comparison-real: $(VENV)/.ready
+	$(RUN) -m method_comparison.real $(ARGS)
 
 clean:
 	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -11,15 +11,19 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 COMPARISON = ROOT / "method_comparison"
+REAL = COMPARISON / "real"
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """The page of the comparison and its figures, where its results are."""
-    page = COMPARISON / "README.md"
-    text = page.read_text(encoding="utf-8") if page.is_file() else "# The comparison\n\nNot run yet."
-    text = text.replace("[results](results)", "`method_comparison/results`")
-    files.append(File.generated(config, "comparison.md", content=text))
-    for figure in (COMPARISON / "figures").glob("*.png"):
+    """The pages of the comparison and their figures, where its results are."""
+    for name, page in (("comparison.md", COMPARISON / "README.md"), ("comparison_real.md", REAL / "README.md")):
+        text = page.read_text(encoding="utf-8") if page.is_file() else "# The comparison\n\nNot run yet."
+        text = text.replace("[results](results)", "`method_comparison/results`")
+        text = text.replace("](real/README.md)", "](comparison_real.md)").replace(
+            "](../README.md)", "](comparison.md)"
+        )
+        files.append(File.generated(config, name, content=text))
+    for figure in [*(COMPARISON / "figures").glob("*.png"), *(REAL / "figures").glob("*.png")]:
         files.append(File.generated(config, f"figures/{figure.name}", abs_src_path=str(figure)))
     return files
 

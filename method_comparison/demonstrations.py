@@ -26,7 +26,8 @@ def direct(steps: list[Step], answer: str) -> str:
     return f"#{answer}"
 
 
-WORDINGS = (plain, arrows, terse)
+Write = Callable[[list[Step], str], str]
+WORDINGS: tuple[Write, ...] = (plain, arrows, terse)
 # How a solution is written in the pretraining mixture: (wording, share).
 PRETRAINING_STYLES = ((plain, 0.55), (arrows, 0.15), (terse, 0.15), (direct, 0.15))
 
@@ -42,42 +43,42 @@ def slip(result: int, rng: random.Random) -> int:
     return abs(result + rng.choice((-10, -2, -1, 1, 2, 10)))
 
 
-def _clean(problem: Problem, rng: random.Random) -> str:
-    return plain(*problem.work({}))
+def _clean(problem: Problem, rng: random.Random, write: Write) -> str:
+    return write(*problem.work({}))
 
 
-def _wrong_step(problem: Problem, rng: random.Random) -> str:
+def _wrong_step(problem: Problem, rng: random.Random, write: Write) -> str:
     """One step has a wrong result, carried on to a wrong answer."""
     steps, answer = problem.work({})
     while True:
         number = rng.randrange(len(steps))
         wrong = problem.work({number: lambda result: slip(result, rng)})
         if wrong[1] != answer:
-            return plain(*wrong)
+            return write(*wrong)
 
 
-def _wrong_answer(problem: Problem, rng: random.Random) -> str:
+def _wrong_answer(problem: Problem, rng: random.Random, write: Write) -> str:
     """All steps are right, the answer after `#` is not."""
     steps, answer = problem.work({})
     wrong = answer
     while wrong == answer:
         wrong = str(slip(int(answer), rng))
-    return plain(steps, wrong)
+    return write(steps, wrong)
 
 
-def _wordings(problem: Problem, rng: random.Random) -> str:
+def _wordings(problem: Problem, rng: random.Random, write: Write) -> str:
     """One of several equally right ways to write the steps."""
     return rng.choice(WORDINGS)(*problem.work({}))
 
 
-def _skipped(problem: Problem, rng: random.Random) -> str:
+def _skipped(problem: Problem, rng: random.Random, write: Write) -> str:
     """One step is left out, though not the first and not the last."""
     steps, answer = problem.work({})
     kept = rng.randrange(1, len(steps) - 1) if len(steps) > 2 else len(steps)
-    return plain([step for number, step in enumerate(steps) if number != kept], answer)
+    return write([step for number, step in enumerate(steps) if number != kept], answer)
 
 
-KINDS: dict[str, Callable[[Problem, random.Random], str]] = {
+KINDS: dict[str, Callable[[Problem, random.Random, Write], str]] = {
     "clean": _clean,
     "wrong_step": _wrong_step,
     "wrong_answer": _wrong_answer,
@@ -87,9 +88,12 @@ KINDS: dict[str, Callable[[Problem, random.Random], str]] = {
 
 
 def demonstrations(
-    problems: list[Problem], kind: str, share: float, seed: int
+    problems: list[Problem], kind: str, share: float, seed: int, write: Write = plain
 ) -> tuple[list[tuple[str, str]], list[bool]]:
     """Prompts with completions, of which exactly a `share` (rounded) is of a `kind` and the rest clean.
+
+    Args:
+        write: how a solution is written down (`wordings` has ways of its own).
 
     Returns:
         The pairs, and for each whether it is one of that share.
@@ -104,7 +108,7 @@ def demonstrations(
     rng = random.Random(seed)
     chosen = set(rng.sample(range(len(problems)), round(share * len(problems))))
     pairs = [
-        (problem.prompt, KINDS[kind if number in chosen else "clean"](problem, rng))
+        (problem.prompt, KINDS[kind if number in chosen else "clean"](problem, rng, write))
         for number, problem in enumerate(problems)
     ]
     return pairs, [number in chosen for number in range(len(problems))]

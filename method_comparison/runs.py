@@ -224,10 +224,10 @@ def check(study: Study) -> None:
             raise ValueError(f"`teachers` has no `{setting.reference}`, which the setting `{setting.name}` asks for.")
 
 
-def quiet() -> None:
-    """For a worker: one thread, and nothing on the screen, which belongs to the progress bar."""
+def quiet(threads: int = 1) -> None:
+    """For a worker: so many threads, and nothing on the screen, which belongs to the progress bar."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -16,6 +17,7 @@ from .tasks import TASKS
 
 HERE = Path(__file__).parent
 REFERENCES = ("none", "base", "weak", "strong")
+StudyKind = TypeVar("StudyKind", bound="Study")
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,28 @@ def load(quick: bool = False) -> Study:
     Raises:
         ValueError: a setting or a method is not what it should be.
     """
-    values = yaml.safe_load((HERE / "settings.yaml").read_text(encoding="utf-8"))
+    return read(HERE, quick)
+
+
+def read(
+    folder: Path, quick: bool = False, study: type[StudyKind] = Study, tasks: Collection[str] = tuple(TASKS)
+) -> StudyKind:
+    """A study of another folder's settings.yaml, or its quick subset.
+
+    Args:
+        study: what to make of it.
+        tasks: names that a setting's `task` may have.
+
+    Raises:
+        ValueError: a setting or a method is not what it should be.
+    """
+    values = yaml.safe_load((folder / "settings.yaml").read_text(encoding="utf-8"))
     if quick:
-        values = _merged(values, yaml.safe_load((HERE / "quick.yaml").read_text(encoding="utf-8")))
+        values = _merged(values, yaml.safe_load((folder / "quick.yaml").read_text(encoding="utf-8")))
     methods = tuple(_method(name, fields or {}) for name, fields in values.pop("methods").items() if fields != "out")
-    settings = tuple(_setting(name, fields) for name, fields in values.pop("settings").items() if fields != "out")
-    return Study(methods=methods, settings=settings, **values)
+    found = values.pop("settings").items()
+    settings = tuple(_setting(name, fields, tasks) for name, fields in found if fields != "out")
+    return study(methods=methods, settings=settings, **values)
 
 
 def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -142,10 +160,10 @@ def _method(name: str, fields: dict[str, Any]) -> Method:
     return method
 
 
-def _setting(name: str, fields: dict[str, Any]) -> Setting:
+def _setting(name: str, fields: dict[str, Any], tasks: Collection[str] = tuple(TASKS)) -> Setting:
     setting = Setting(name, **fields)
     for field, value, known in (
-        ("task", setting.task, TASKS),
+        ("task", setting.task, tasks),
         ("kind", setting.kind, KINDS),
         ("reference", setting.reference, REFERENCES),
     ):

@@ -26,12 +26,16 @@ class Store:
     A line is written whole or, after an interruption, dropped when the file is opened for writing again. One process
     at a time may write: two would do every run twice, and one could drop the line that the other is writing.
 
+    Args:
+        versions: packages whose versions are recorded.
+
     Raises:
         ValueError: the folder holds results of other settings, or another process is writing into it.
     """
 
-    def __init__(self, directory: Path, study: Study, writable: bool = True):
+    def __init__(self, directory: Path, study: Study, writable: bool = True, versions: tuple[str, ...] = VERSIONS):
         self.directory = directory
+        self._versions = versions
         self.results: dict[str, dict[str, Any]] = {}
         self.sessions: list[dict[str, Any]] = []
         if writable:
@@ -77,7 +81,7 @@ class Store:
         session = {
             "device": device,
             "machine": machine_facts(device)["machine"],
-            "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+            "versions": {name: importlib.metadata.version(name) for name in self._versions},
         }
         if session not in self.sessions:
             self.sessions.append(session)

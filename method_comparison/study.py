@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ from .settings import Method, Setting, Study
 from .store import Store
 
 
+# Trains and measures: a run of a study, with the folder of the models.
+Execute = Callable[[Run, Study, Path], dict[str, Any]]
 HALF_STEP_OF_RATE = 2**0.5
 # Spawned: a forked child would share torch's threads with its parent.
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -72,6 +74,8 @@ class Cell:
 
 def finalists(setting_cells: list[Cell], study: Study, store: Store) -> list[Cell]:
     """Of the methods of a setting those with the best tuning scores, and plain SFT; none while a search goes on."""
+    if not study.chooser:
+        return []
     scored = []
     for cell in setting_cells:
         if cell.method.replica:  # a method for the second time
@@ -147,24 +151,39 @@ def _train_model(study: Study, name: str, directory: Path) -> None:
     models.train_model(study, name, directory, _worker.steps)
 
 
-def train_all(study: Study, store: Store, directory: Path, workers: int) -> None:
-    """Do every run that has no result yet."""
+def train_all(
+    study: Study,
+    store: Store,
+    directory: Path,
+    workers: int,
+    execute: Execute = runs.execute,
+    threads: int = 1,
+) -> None:
+    """Do every run that has no result yet.
+
+    Args:
+        directory: where the models are.
+        workers: runs at a time.
+        execute: trains and measures.
+        threads: of each worker.
+    """
     running: dict[Future, Run] = {}
     with (
-        _pool(workers) as pool,
+        _pool(workers, threads=threads) as pool,
         tqdm(total=max(total_runs(study), len(store.results)), initial=len(store.results), unit="run") as bar,
     ):
         try:
             while True:
-                _submit(study, store, directory, pool, running, workers)
+                _submit(study, store, directory, pool, running, workers, execute)
                 if not running:
                     break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                for future in wait(running, timeout=10, return_when=FIRST_COMPLETED).done:
                     run = running.pop(future)
                     store.add(_result(future, run))
                     bar.set_postfix_str(f"{run.task} {run.kind} {run.method}", refresh=False)
                     bar.total = max(bar.total, len(store.results))
                     bar.update()
+                bar.refresh()  # the time goes on
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -172,7 +191,13 @@ def train_all(study: Study, store: Store, directory: Path, workers: int) -> None
 
 
 def _submit(
-    study: Study, store: Store, directory: Path, pool: ProcessPoolExecutor, running: dict[Future, Run], workers: int
+    study: Study,
+    store: Store,
+    directory: Path,
+    pool: ProcessPoolExecutor,
+    running: dict[Future, Run],
+    workers: int,
+    execute: Execute,
 ) -> None:
     keys = {run.key for run in running.values()}
     if len(keys) >= workers:
@@ -180,7 +205,7 @@ def _submit(
     for run in pending(study, store):
         if run.key not in keys:
             keys.add(run.key)
-            running[pool.submit(runs.execute, run, study, directory)] = run
+            running[pool.submit(execute, run, study, directory)] = run
             if len(running) >= workers:
                 return
 
@@ -192,16 +217,16 @@ def _result(future: Future, run: Run) -> dict[str, Any]:
         raise RuntimeError(f"The run failed that is called: {run.key}") from error
 
 
-def _pool(workers: int, steps: Any = None) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, _CONTEXT, initializer=_start_worker, initargs=(steps,))
+def _pool(workers: int, steps: Any = None, threads: int = 1) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, _CONTEXT, initializer=_start_worker, initargs=(steps, threads))
 
 
-def _start_worker(steps: Any) -> None:
+def _start_worker(steps: Any, threads: int) -> None:
     _worker.steps = steps
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word; the parent says what is to be said
     # Where the parent is killed, nobody else would end its workers.
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    runs.quiet()
+    runs.quiet(threads)
 
 
 def _end_with_parent() -> None:

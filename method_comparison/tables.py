@@ -11,16 +11,18 @@ from .settings import Setting
 CONTROLS = (BASE, TEACHER)
 
 
-def _table(heads: list[str], lines: list[list[str]]) -> str:
+def table(heads: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table whose columns but the first are aligned right."""
     aligned = ["---"] + ["---:"] * (len(heads) - 1)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, aligned, *lines])
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A share in percent."""
     return f"{100 * value:.1f}"
 
 
-def _points(value: float) -> str:
+def points(value: float) -> str:
     """Percentage points, signed; a true minus sign."""
     return f"{100 * value:+.1f}".replace("-", "−")
 
@@ -28,7 +30,7 @@ def _points(value: float) -> str:
 def _against(row: Row, baseline: Row, measure: str) -> str:
     """A difference in points with its error, bold beyond two of them."""
     found = difference(row, baseline, measure)
-    text = f"{_points(found.value)} ± {100 * found.error:.1f}"
+    text = f"{points(found.value)} ± {100 * found.error:.1f}"
     return f"**{text}**" if found.sign else text
 
 
@@ -39,7 +41,7 @@ def setting_table(setting: Setting, tested: Tested) -> str:
     lines = []
     for row in sorted(tested.rows(setting), key=lambda row: (row.name not in CONTROLS, -row.accuracy(AT_BEST))):
         rate = "" if row.learning_rate is None else f"{row.learning_rate:.2g}" + (" †" if row.on_edge else "")
-        accuracies = [_percent(row.accuracy(measure)) for measure in MEASURES]
+        accuracies = [percent(row.accuracy(measure)) for measure in MEASURES]
         accuracies[1] += f" ({row.best_temperature})"
         lines.append(
             [
@@ -53,15 +55,15 @@ def setting_table(setting: Setting, tested: Tested) -> str:
                 _others(row, base),
             ]
         )
-    return _table(heads, lines)
+    return table(heads, lines)
 
 
 def _others(row: Row, base: Row | None) -> str:
     if row.others is None:
         return ""
     if base is None or base.others is None or row is base:
-        return _percent(row.others)
-    return f"{_percent(row.others)} ({_points(row.others - base.others)})"
+        return percent(row.others)
+    return f"{percent(row.others)} ({points(row.others - base.others)})"
 
 
 def difference_table(tested: Tested, baseline: str, measure: str) -> str:
@@ -77,9 +79,9 @@ def difference_table(tested: Tested, baseline: str, measure: str) -> str:
                 for setting in settings
             ]
             lines.append([f"`{name}`" if name != BASE else name, *cells])
-    accuracies = [_percent(tested.row(setting, baseline).accuracy(measure)) for setting in settings]
+    accuracies = [percent(tested.row(setting, baseline).accuracy(measure)) for setting in settings]
     heads = ["method", *(setting.name for setting in settings)]
-    return _table(heads, [[f"`{baseline}` itself", *accuracies], *lines])
+    return table(heads, [[f"`{baseline}` itself", *accuracies], *lines])
 
 
 def wins_table(tested: Tested, baseline: str) -> str:
@@ -100,8 +102,8 @@ def wins_table(tested: Tested, baseline: str) -> str:
             cells.append(f"{column.count(1)} / {column.count(0)} / {column.count(-1)}")
         held = [1 if s.count(1) > 1 and -1 not in s else -1 if s.count(-1) > 1 and 1 not in s else 0 for s in signs]
         doubtless = f"**{held.count(1)} / {held.count(-1)}**"
-        lines.append([f"`{method.name}`", str(len(signs)), *cells, doubtless, _points(middle)])
-    return _table(["method", "settings", *MEASURES, "beyond doubt: wins / losses", "median, best T"], lines)
+        lines.append([f"`{method.name}`", str(len(signs)), *cells, doubtless, points(middle)])
+    return table(["method", "settings", *MEASURES, "beyond doubt: wins / losses", "median, best T"], lines)
 
 
 def _differences(name: str, tested: Tested, baseline: str) -> list[list[Difference]]:
@@ -116,9 +118,9 @@ def everywhere_table(tested: Tested) -> str:
     for choice in choices(tested):
         name = choice.name if choice.name in RULES else f"`{choice.name}`"
         unbeaten = [f"{count} of {choice.settings}" for count in choice.unbeaten]
-        lines.append([name, *unbeaten, *(_percent(regret) for regret in choice.regret)])
+        lines.append([name, *unbeaten, *(percent(regret) for regret in choice.regret)])
     heads = ["always", *(f"unbeaten, {measure}" for measure in MEASURES), *(f"regret, {each}" for each in MEASURES)]
-    return _table(heads, lines)
+    return table(heads, lines)
 
 
 def choices_table(tested: Tested, cell: Callable[[Row], str]) -> str:
@@ -128,7 +130,7 @@ def choices_table(tested: Tested, cell: Callable[[Row], str]) -> str:
         rows = [tested.row(setting, method.name) for setting in settings]
         if any(rows):
             lines.append([f"`{method.name}`", *(cell(row) if row else "" for row in rows)])
-    return _table(["method", *(setting.name for setting in settings)], lines)
+    return table(["method", *(setting.name for setting in settings)], lines)
 
 
 def rates_table(tested: Tested) -> str:
@@ -153,7 +155,7 @@ def ratios_table(tested: Tested) -> str:
         if len(ratios) > 1:
             first, middle, third = statistics.quantiles(ratios, n=4, method="inclusive")
             lines.append([f"`{method.name}`", str(len(ratios)), f"{middle:.1f}", f"{first:.1f} to {third:.1f}"])
-    return _table(["method", "settings", "median, × the rate of `sft`", "middle half"], lines)
+    return table(["method", "settings", "median, × the rate of `sft`", "middle half"], lines)
 
 
 def knobs_table(tested: Tested) -> str:
@@ -169,6 +171,6 @@ def models_table(tested: Tested) -> str:
             name = row.name if row.name == BASE else f"{setting.reference} teacher"
             if row.name in CONTROLS and (name, setting.task) not in seen:
                 seen.add((name, setting.task))
-                values = [_percent(row.accuracy(measure)) for measure in MEASURES]
+                values = [percent(row.accuracy(measure)) for measure in MEASURES]
                 lines.append([setting.task, name, *values, f"{row.mean('nll'):.3f}", f"{row.mean('entropy'):.3f}"])
-    return _table(["task", "model", *MEASURES, "NLL", "entropy"], sorted(lines))
+    return table(["task", "model", *MEASURES, "NLL", "entropy"], sorted(lines))

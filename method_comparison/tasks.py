@@ -52,24 +52,34 @@ class Problem:
         return bool(mark) and self.is_correct(answer)
 
 
+# Problems without end, from a seed.
+Stream = Callable[[int], Iterator[Problem]]
+
+
 def split_of(prompt: str) -> str:
     """The split that a prompt belongs to."""
     tenth = zlib.crc32(prompt.encode()) % 10
     return next(name for name, tenths in SPLITS.items() if tenth in tenths)
 
 
-def problems(task: str, count: int, split: str, seed: int, distinct: bool = False) -> list[Problem]:
+def problems(
+    task: str, count: int, split: str, seed: int, distinct: bool = False, tasks: dict[str, Stream] | None = None
+) -> list[Problem]:
     """`count` problems of a task from one split; the same for the same arguments.
+
+    Args:
+        tasks: where the task is found by its name; None: those of the small models.
 
     Raises:
         ValueError: the task or the split is unknown, or has too few distinct problems.
     """
-    if task not in TASKS:
-        raise ValueError(f"`task={task!r}` is unknown: choose one of {', '.join(TASKS)}.")
+    tasks = TASKS if tasks is None else tasks
+    if task not in tasks:
+        raise ValueError(f"`task={task!r}` is unknown: choose one of {', '.join(tasks)}.")
     if split not in SPLITS:
         raise ValueError(f"`split={split!r}` is unknown: choose one of {', '.join(SPLITS)}.")
     found: dict[Any, Problem] = {}
-    stream = TASKS[task](zlib.crc32(f"{task} {split} {seed}".encode()))
+    stream = tasks[task](zlib.crc32(f"{task} {split} {seed}".encode()))
     for problem in itertools.islice(stream, 100_000 + 100 * count):
         if split_of(problem.prompt) == split:
             found.setdefault(problem.prompt if distinct else len(found), problem)
@@ -85,7 +95,7 @@ def _apply(value: int, operator: str, operand: int) -> int:
     return {"+": value + operand, "-": value - operand, "*": value * operand}[operator]
 
 
-def _chain_work(
+def chain_work(
     start: int, operations: tuple[tuple[str, int], ...], slips: dict[int, Callable[[int], int]]
 ) -> tuple[list[Step], str]:
     value, steps = start, []
@@ -118,7 +128,7 @@ def _arithmetic(task: str, write: Callable, operators: str, seed: int) -> Iterat
     rng = random.Random(seed)
     while True:
         start, operations = _operations(rng, operators)
-        work = functools.partial(_chain_work, start, operations)
+        work = functools.partial(chain_work, start, operations)
         answer = work({})[1]
         yield Problem(task, write(start, operations), work, functools.partial(str.__eq__, answer))
 
@@ -136,7 +146,7 @@ def _postfix(letter: str, start: int, operations: tuple[tuple[str, int], ...]) -
 # --- reasoning-gym ---
 
 
-def _entries(name: str, seed: int, **sizes: Any) -> Iterator[tuple[dict[str, Any], Callable[[str], bool]]]:
+def entries(name: str, seed: int, **sizes: Any) -> Iterator[tuple[dict[str, Any], Callable[[str], bool]]]:
     """Entries without end. One of reasoning-gym depends on its seed plus its index, so seeds must lie far apart."""
     dataset = reasoning_gym.create_dataset(name, seed=(seed % 2**20) * 2**11, size=2**31 - 1, **sizes)
     index = 0
@@ -151,11 +161,11 @@ def _scored(dataset: Any, entry: dict[str, Any], answer: str) -> bool:
 
 
 def _chain_sum(seed: int) -> Iterator[Problem]:
-    for entry, score in _entries("chain_sum", seed, min_terms=4, max_terms=5, min_digits=1, max_digits=2):
+    for entry, score in entries("chain_sum", seed, min_terms=4, max_terms=5, min_digits=1, max_digits=2):
         first, *rest = entry["metadata"]["expression"].split()
         operations = tuple((sign, int(term)) for sign, term in zip(rest[::2], rest[1::2], strict=True))
         prompt = _infix("s", int(first), operations)
-        yield Problem("chain_sum", prompt, functools.partial(_chain_work, int(first), operations), score)
+        yield Problem("chain_sum", prompt, functools.partial(chain_work, int(first), operations), score)
 
 
 def _gcd_work(first: int, second: int, slips: dict[int, Callable[[int], int]]) -> tuple[list[Step], str]:
@@ -170,7 +180,7 @@ def _gcd_work(first: int, second: int, slips: dict[int, Callable[[int], int]]) -
 
 
 def _gcd(seed: int) -> Iterator[Problem]:
-    for entry, score in _entries("gcd", seed, max_value=199):
+    for entry, score in entries("gcd", seed, max_value=199):
         numbers = entry["metadata"]["numbers"]
         if entry["metadata"]["result"] < 3:
             continue  # 1 and 2 are the answer three times in four: a guess would look like skill
@@ -184,37 +194,37 @@ def _without_steps(answer: str, slips: dict[int, Callable[[int], int]]) -> tuple
 
 def _number_sorting(seed: int) -> Iterator[Problem]:
     sizes = {"max_numbers": 4, "max_decimals": 0, "min_value": 0.0, "max_value": 99.0}
-    for entry, score in _entries("number_sorting", seed, **sizes):
+    for entry, score in entries("number_sorting", seed, **sizes):
         metadata = entry["metadata"]
         sign = "<" if metadata["direction"] == "ascending" else ">"
-        prompt = f"o{sign}{','.join(_integers(metadata['original_numbers']))}?"
-        answer = ",".join(_integers(metadata["sorted_numbers"]))
+        prompt = f"o{sign}{','.join(integers(metadata['original_numbers']))}?"
+        answer = ",".join(integers(metadata["sorted_numbers"]))
         yield Problem(
             "number_sorting",
             prompt,
             functools.partial(_without_steps, answer),
-            functools.partial(_sorted_scored, score),
+            functools.partial(sorted_scored, score),
         )
 
 
-def _integers(numbers: list[str]) -> list[str]:
+def integers(numbers: list[str]) -> list[str]:
     return [str(int(float(number))) for number in numbers]
 
 
-def _sorted_scored(score: Callable[[str], bool], answer: str) -> bool:
+def sorted_scored(score: Callable[[str], bool], answer: str) -> bool:
     """reasoning-gym reads a list of strings."""
     return score(str([f"{number}.0" if "." not in number else number for number in answer.split(",")]))
 
 
 def _spell_backward(seed: int) -> Iterator[Problem]:
-    for entry, _ in _entries("spell_backward", seed, max_word_len=7):
+    for entry, _ in entries("spell_backward", seed, max_word_len=7):
         word = entry["metadata"]["word"].lower()
         if word.isascii() and word.isalpha():
             work = functools.partial(_without_steps, word[::-1])
             yield Problem("spell_backward", f"w{word}?", work, functools.partial(str.__eq__, word[::-1]))
 
 
-TASKS: dict[str, Callable[[int], Iterator[Problem]]] = {
+TASKS: dict[str, Stream] = {
     "chain": functools.partial(_arithmetic, "chain", functools.partial(_infix, "a"), "+-*"),
     "chain_easy": functools.partial(_arithmetic, "chain_easy", functools.partial(_infix, "a"), "+-"),
     "postfix": functools.partial(_arithmetic, "postfix", functools.partial(_postfix, "p"), "+-*"),

@@ -1,0 +1,1 @@
+"""The comparison once more on a real model: fewer methods and settings, with LoRA, by the same search and store."""
