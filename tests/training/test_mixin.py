@@ -13,7 +13,7 @@ from training import SAME, make_trainer, sft_config, trainable, warm_model, wors
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 from trl import SFTConfig
 
-from trl_qtarget import QTargetMixin, QTargetSFTTrainer
+from trl_qtarget import InspectionCallback, QTargetMixin, QTargetSFTTrainer
 
 
 class QTargetTrainer(QTargetMixin, Trainer):
@@ -160,8 +160,10 @@ def test_goes_on_from_a_checkpoint_and_names_the_target(tmp_path):
         return plain(warm_model(), args, train_dataset=rows(), qtarget_config=target)
 
     whole = trainer()
+    whole.add_callback(InspectionCallback(whole, rows().select(range(2)), every=5, directory=tmp_path / "pages"))
     whole.train()
     whole.save_model()
+    assert [page.name for page in sorted((tmp_path / "pages").iterdir())] == ["step-000000.html", "step-000005.html"]
     with pytest.raises(ValueError, match="is not the target that"):
         trainer("dft").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     halved = trainer()

@@ -54,9 +54,9 @@ def sums_dtype(device: torch.device) -> torch.dtype:
 def local_sums(tokens: LinearQTargetOutput, inputs: Mapping[str, Any]) -> Tensor:
     """This rank's sums: scored tokens, all tokens, entropy, top-1 hits; `TARGET_METRICS`; tokens that have each."""
     if "attention_mask" in inputs:
-        all_tokens = inputs["attention_mask"].sum()
+        all_tokens = (inputs["attention_mask"] != 0).sum()  # some number the documents of a row in it
     elif "position_ids" in inputs:
-        all_tokens = torch.tensor(inputs["position_ids"].size(1))
+        all_tokens = torch.tensor(inputs["position_ids"].shape[-2:].numel())  # [B, T], or [3, B, T] of images
     else:
         raise ValueError("`data_collator` must return `attention_mask` or `position_ids`: add one of them.")
     scored, kl, agreement = tokens.scored, tokens.kl, tokens.prior_is_top1
