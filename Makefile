@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 # Extra arguments: make demo ARGS="--method dft", make test ARGS="-k parity"
 ARGS ?=
 
-.PHONY: help demo test test-slow test-distributed lint format bench comparison comparison-real docs figures clean
+.PHONY: help demo test test-slow test-distributed lint format bench comparison comparison-real docs figures gpu-pack clean
 help:
 	@echo "make demo    fine-tune a real language model toward an explicit target (minutes on two cores)"
 	@echo "make test    run the tests;  make test-slow  those that take minutes"
@@ -18,6 +18,7 @@ help:
 	@echo "make comparison-real   the same on a real model (hours; resumable);  ARGS=\"--seeds 5\"  more seeds"
 	@echo "make docs    build the documentation into build/docs"
 	@echo "make figures draw the figures of the documentation (needs Chromium; most of an hour on two cores)"
+	@echo "make gpu-pack   gather what a GPU machine without a network lacks (benchmarks/gpu/README.md)"
 	@echo "make bench   measure the loss and a training step against TRL (8 minutes on a GPU, an hour on a CPU)"
 
 $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
@@ -56,6 +57,10 @@ format: $(VENV)/.ready
 # Resumable by part: make bench ARGS="--only sweep step"; ARGS=--quick runs it all at toy sizes.
 bench: $(VENV)/.ready
 	$(RUN) -m benchmarks $(ARGS)
+
+# Into outputs/gpu-pack, for the Python and CUDA of that machine: make gpu-pack ARGS="--python 3.12 --cuda 130".
+gpu-pack: $(VENV)/.ready
+	$(RUN) -m benchmarks.gpu.pack $(ARGS)
 
 # Strict: a broken link is an error. Needs more than the tests do, so it is installed on first use.
 docs: $(VENV)/.ready

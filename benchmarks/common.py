@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import trl_qtarget
 from trl_qtarget.files import replacing
 
 from .budget import rounds
@@ -151,9 +152,9 @@ def ratio(values: Sequence[float], others: Sequence[float] | None) -> float | No
 
 def machine_facts(device: str) -> dict[str, Any]:
     """What a number depends on, without anything that tells whose machine it was."""
-    versions = {}
-    for name in ("torch", "trl", "transformers", "trl_qtarget"):
-        versions[name] = importlib.metadata.version(name.replace("_", "-"))
+    # Ours by the code itself, which runs from a checkout too.
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "trl", "transformers")}
+    versions["trl_qtarget"] = trl_qtarget.__version__
     return {
         "device": device,
         "machine": torch.cuda.get_device_name() if device == "cuda" else _cpu_model(),

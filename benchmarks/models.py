@@ -22,6 +22,16 @@ MODELS = {
         "max_position_embeddings": 40960,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
     },
+    "llama-3.2-1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
     # To try the benchmark out. Its widths are multiples of 64, which bitsandbytes asks for on a CPU.
     "tiny": {
         "vocab_size": 512,
@@ -32,7 +42,7 @@ MODELS = {
         "num_key_value_heads": 4,
     },
 }
-_TITLES = {"smollm2-135m": "SmolLM2-135M", "qwen3-0.6b": "Qwen3-0.6B"}
+_TITLES = {"smollm2-135m": "SmolLM2-135M", "qwen3-0.6b": "Qwen3-0.6B", "llama-3.2-1b": "Llama-3.2-1B"}
 
 
 def title(width: int, vocabulary: int) -> str | None:

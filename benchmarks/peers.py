@@ -86,6 +86,15 @@ def compiled(loss: Callable[[Inputs], Tensor]) -> Callable[[Inputs], Tensor]:
     return call
 
 
+# --- PyTorch's own ---
+
+
+def torch_nll(inputs: Inputs) -> Tensor:
+    """In chunks, with the options that it chooses itself."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(inputs.hidden, inputs.weight, inputs.labels, options=options)
+
+
 # --- Liger ---
 
 
@@ -134,10 +143,21 @@ def cce_exact_nll(inputs: Inputs) -> Tensor:
     return linear_cross_entropy(inputs.hidden, inputs.weight, inputs.labels, filter_eps=None)
 
 
+# --- Quack ---
+
+
+def quack_nll(inputs: Inputs) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(inputs.hidden, inputs.weight, inputs.labels)
+
+
 def missing(package: str | None, device: str) -> str | None:
     """Why a provider that needs a package, and with it a GPU, cannot run here; None if it can."""
     if package is None:
         return None
+    if package == "torch":
+        return None if hasattr(F, "linear_cross_entropy") else "this PyTorch has no `linear_cross_entropy`"
     if importlib.util.find_spec(package) is None:
         return f"{package.replace('_', '-')} is not installed"
     return None if device == "cuda" else "its kernels need a GPU"

@@ -21,7 +21,7 @@ from .inputs import Inputs, Shape
 # Relative tolerance of losses and of gradients (as norms), against the first provider of an objective.
 _TOLERANCES = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (2e-2, 5e-2)}
 # Of losses where one of the two takes PyTorch's own log-softmax, which is off by 1.4e-4 for V = 151,936 on a CPU.
-_OWN_LOG_SOFTMAX, _LOG_SOFTMAX_TOLERANCE = ("dense", "compile"), 5e-4
+_OWN_LOG_SOFTMAX, _LOG_SOFTMAX_TOLERANCE = ("dense", "compile", "torch"), 5e-4
 
 # Where these disagree, something is broken and no number is worth having.
 _KNOWN_TO_AGREE = ("qtarget", "qtarget-torch", "trl", "dense")
@@ -107,10 +107,12 @@ PROVIDERS = {
     "compile/nll": Provider(peers.compiled(peers.dense_nll), "nll", counterpart="trl/nll"),
     "compile/dft": Provider(peers.compiled(peers.dense_dft), "dft", counterpart="trl/dft"),
     "compile/target_sft": Provider(peers.compiled(peers.dense_target_sft), "target_sft", True, "trl/forward_kl"),
+    "torch/nll": Provider(peers.torch_nll, "nll", counterpart="trl/nll", package="torch"),
     "liger/nll": Provider(peers.liger_nll, "nll", counterpart="trl/nll", package="liger_kernel"),
     "liger/dft": Provider(peers.liger_dft, "dft", counterpart="trl/dft", package="liger_kernel"),
     "liger/forward_kl": Provider(peers.liger_jsd, "kl", True, "trl/forward_kl", "liger_kernel"),
     "liger/distillation": Provider(peers.liger_distillation, "kl", True, "trl/forward_kl", "liger_kernel"),
+    "quack/nll": Provider(peers.quack_nll, "nll", counterpart="trl/nll", package="quack"),
     "cce/nll": Provider(peers.cce_nll, "nll", counterpart="trl/nll", package="cut_cross_entropy"),
     "cce-exact/nll": Provider(peers.cce_exact_nll, "nll", counterpart="trl/nll", package="cut_cross_entropy"),
 }

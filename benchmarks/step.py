@@ -144,6 +144,7 @@ def build(name: str, mode: str, directory: str, arguments: argparse.Namespace) -
         report_to="none",
         disable_tqdm=True,
         seed=0,
+        **({"optim": arguments.optim} if arguments.optim else {}),
     )
     lora = None
     if mode != "full":
@@ -218,11 +219,16 @@ def _measure(
     return {name: timer.times for name, (_, timer) in trainers.items()}
 
 
+def _differences(arguments: argparse.Namespace) -> list[str]:
+    """What else a step does otherwise, in words."""
+    return ["checkpointing"] * arguments.gradient_checkpointing + [arguments.optim] * bool(arguments.optim)
+
+
 def _rows(times: dict[str, list[float]], mode: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     sizes = MODELS[arguments.model]
     fixed = {
         "benchmark": "step",
-        "mode": mode + (" checkpointing" if arguments.gradient_checkpointing else ""),
+        "mode": " ".join([mode, *_differences(arguments)]),
         "N": arguments.batch * arguments.tokens,
         "H": sizes["hidden_size"],
         "V": sizes["vocab_size"],
@@ -244,6 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=2, help="sequences per step")
     parser.add_argument("--tokens", type=int, default=256, help="tokens per sequence")
     parser.add_argument("--steps", type=int, default=3, help="steps per train() call; the first is not counted")
+    parser.add_argument("--optim", help="an optimiser by the name that TrainingArguments has for it; None: AdamW")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in backward")
     arguments = finish_arguments(parser.parse_args(argv), "step")
     if arguments.steps < 2:

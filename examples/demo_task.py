@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import reasoning_gym
 from datasets import Dataset, load_dataset
 
 
@@ -79,6 +78,8 @@ def task_problems(
 
 
 def _generate(task: str, options: dict[str, Any], size: int, seed: int) -> list[Problem]:
+    import reasoning_gym  # which a dataset of one's own does not need
+
     try:
         generated = reasoning_gym.create_dataset(task, size=size, seed=seed, **options)
     except (AssertionError, TypeError, ValueError) as error:

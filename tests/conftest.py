@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import datasets
+import kernels_on
 import pytest
 import transformers
 from nodes import two_nodes
@@ -22,6 +23,8 @@ from trl_qtarget.inspection.render import write_page
 
 
 def pytest_configure(config):
+    if kernels_on.DEVICE:
+        kernels_on.install(kernels_on.DEVICE)
     # Tiny models gain nothing from threads, and workers of pytest-xdist would fight over the cores.
     torch.set_num_threads(1)
     datasets.disable_progress_bars()

@@ -6,12 +6,14 @@
 import os
 import random
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 from designs import RESIDUAL_FORMULAS, TRUST_FORMULAS, free_formula
 from formulas import FORMULAS
 from problems import HEADS, make_problem, relative_error
+from torch import Tensor
 
 from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss, qtarget_loss
 from trl_qtarget.target.objective import designs_of, knobs_of
@@ -44,8 +46,8 @@ def knob(draw: random.Random, name: str, allowed: Range) -> float:
     return draw.uniform(max(low, allowed.low + 0.02), min(high, allowed.high - 0.02))
 
 
-def check(seed: int) -> None:
-    draw = random.Random(seed)
+def drawn(draw: random.Random) -> tuple[Callable[..., Tensor], dict, dict]:
+    """A formula, the arguments that name the same design, and some knobs."""
     if draw.random() < 0.5:
         name = draw.choice(list(FORMULAS))
         formula, design = FORMULAS[name], {"method": name}
@@ -54,7 +56,13 @@ def check(seed: int) -> None:
         formula, design = free_formula(trust, residual), {"method": None, "trust": trust, "residual": residual}
     row = METHODS.get(design["method"])
     used = knobs_of(row, designs_of(row, design.get("trust"), design.get("residual")))
-    knobs = {name: knob(draw, name, used[name].range) for name in sorted(used) if draw.random() < 0.7}
+    return formula, design, {name: knob(draw, name, used[name].range) for name in sorted(used) if draw.random() < 0.7}
+
+
+def check(seed: int) -> None:
+    draw = random.Random(seed)
+    formula, design, knobs = drawn(draw)
+    row = METHODS.get(design["method"])
     given = knobs if row else {**QTargetConfig(**design, **knobs).knobs}  # one that both designs have is one number
     vocabulary = draw.choice([2, 3, 37, 64, draw.randint(2, 300)])
     shape = (draw.randint(1, 24), vocabulary, draw.randint(2, 9), seed)

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from kernels_on import OnDevice
 
 from trl_qtarget import QTargetConfig
 from trl_qtarget.gemm import Head
@@ -81,3 +82,16 @@ def test_what_is_tried_is_the_code_that_is_used(vocabulary, tries, monkeypatch):
         batch = {"hidden": hidden, "head": Head(torch.zeros(1).expand(size, 3))}
         assert choice._agrees({**given, **batch, "objective": objective})
     assert asked == [vocabulary, vocabulary + 1][:tries]
+
+
+def test_a_kernel_on_another_device_works_in_the_memory_that_it_is_given():
+    # As `KERNELS_ON` runs the tests of the kernels: here on a copy, and with a result over what is read.
+    class Halved:
+        def __getitem__(self, grid):
+            return lambda out, given, factor, **options: out.copy_((factor * given).to(out.dtype))
+
+    given = torch.arange(12.0).view(3, 4)[:, 1:]
+    out = given.as_strided((3, 2), (4, 1), 1).view(torch.bfloat16)[:, :3]
+    expected = 0.5 * given
+    OnDevice(Halved(), "cpu")[(3,)](out, given, 0.5, BLOCK=4)
+    assert torch.equal(out.float(), expected)
