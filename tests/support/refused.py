@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from peft import LoraConfig
 from training import sft_config, warm_model
@@ -62,7 +62,9 @@ def _weights(change: Callable[[list[float]], list[float]]) -> Dataset:
 class _FSDP1(QTargetSFTTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        self.accelerator.state.distributed_type = DistributedType.FSDP
+        state = self.accelerator.state
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
 
 
 def _resume(folder: str) -> None:
