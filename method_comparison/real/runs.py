@@ -143,7 +143,7 @@ def _kl_to_base(trainer: QTargetSFTTrainer, solutions: Dataset) -> float:
     """KL(base || model), the mean over the tokens of solutions, in nats."""
     model: PeftModel = trainer.accelerator.unwrap_model(trainer.model).eval()
     total, count = 0.0, 0
-    for batch in trainer.get_eval_dataloader(solutions):
+    for batch in trainer.get_eval_dataloader(trainer.prepare_rows(solutions, "solutions")):
         labelled = batch["labels"][:, 1:] != -100
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         mine = model(**inputs).logits[:, :-1][labelled].float().log_softmax(-1)
