@@ -118,8 +118,8 @@ def _runs(backend: str, cell: Cell) -> bool:
 
 # What `make test` runs of it.
 QUICK = {
-    "ddp": [Cell("asft", "base", True), _ADALORA, _TOP_K],
-    "zero3-partitioned": [_checkpointing(Cell("asft", "base", True), reentrant=True), _MEASURED],
+    "ddp": [Cell("asft", "base", True), _ADALORA, _TOP_K, _MEASURED],
+    "zero3-partitioned": [_checkpointing(Cell("asft", "base", True), reentrant=True), Cell("target_sft", "model")],
     "fsdp2": [_OTHER_CLASS, _SAVED, _HIDDEN],
     "sp2-zero1": [_DOCUMENTS, _WEIGHTS],
 }
