@@ -23,7 +23,7 @@ PRIORS = {
     "lagged": Cell("psft", "lagged", options=_OPTIONS),
     "lagged_lora": Cell("psft", "lagged", True, _OPTIONS),
 }
-_QUICK = [("lagged", "optimizer"), ("base", "state"), ("base_lora", "between")]
+_QUICK = [("lagged", "optimizer")]
 _SLOW = [(prior, moment) for prior in PRIORS for moment in MOMENTS if (prior, moment) not in _QUICK]
 
 # The same operations on the same numbers; checkpoints hold float32.

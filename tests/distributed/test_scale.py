@@ -121,7 +121,6 @@ QUICK = {
     "ddp": [Cell("asft", "base", True), _ADALORA, _TOP_K, _MEASURED],
     "zero3-partitioned": [_checkpointing(Cell("asft", "base", True), reentrant=True), Cell("target_sft", "model")],
     "fsdp2": [_OTHER_CLASS, _SAVED, _HIDDEN],
-    "sp2-zero1": [_DOCUMENTS, _WEIGHTS],
 }
 
 # Sums of float32 taken in another order, over six steps; LoRA's matrices start at zero, so theirs are the largest.
