@@ -95,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", choices=list(MODELS), default="smollm2-135m", help="sizes of the model")
     parser.add_argument("--batch", type=int, default=2, help="sequences per step")
     parser.add_argument("--tokens", type=int, default=256, help="tokens per sequence")
+    parser.set_defaults(optim=None)  # of the step
     arguments = finish_arguments(parser.parse_args(argv), "statistics")
     arguments.gradient_checkpointing = False
     arguments.steps = arguments.repeats + 1

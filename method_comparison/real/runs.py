@@ -51,7 +51,7 @@ def execute(run: Run, study: Study, directory: Path) -> dict[str, Any]:
             result["train_seconds"] = round(trained.metrics["train_runtime"], 1)
             logged = [entry["target/nll"] for entry in trainer.state.log_history if "target/nll" in entry]
             result["train_nll"] = round(logged[-1], 4)
-            if trainer.qtarget_config.open_knobs:
+            if QTargetConfig(**dict(run.target)).open_knobs:
                 result["alpha"] = round(trainer.resolved_target.config.alpha, 4)
         result |= _measure(trainer, run, study, folder)
     result["seconds"] = round(time.perf_counter() - started, 1)

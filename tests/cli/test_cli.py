@@ -101,6 +101,7 @@ def _same(found: dict, wanted: dict, tolerance: float = 0.0) -> None:
 # --- training ---
 
 
+@pytest.mark.slow
 def test_sft_trains_what_the_trainer_trains(folder):
     """The recipe's `lam` gives way to the command line's."""
     arguments = ["--lam", "0.2", "--ref_model_name_or_path", str(folder / "teacher")]

@@ -10,6 +10,7 @@ def outcomes(tmp_path_factory):
     return outcomes_of("sharded_contracts.py", tmp_path_factory.mktemp("contracts"))
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", [contract.__name__ for contract in CONTRACTS])
 def test_sharded(name, outcomes):
     assert outcomes[name] == ""

@@ -18,7 +18,7 @@ from rounding import HALF, NAMES, arguments_of, assert_no_worse, fused, publishe
 from test_exactness import FREE_CASES, METHOD_CASES, SHAPES, TOLERANCE, case_id, check_linear, free_knobs
 from test_loss_memory import PeakMemory
 from test_precision import importance_slack
-from thinned import by_kernels, one_of_each, thinned
+from thinned import by_kernels, by_ways, one_of_each, thinned
 
 from trl_qtarget import METHODS, QTargetConfig, linear_qtarget_loss, register_residual, register_trust
 from trl_qtarget.loss import choice
@@ -336,7 +336,7 @@ def test_only_some_residuals_are_not_folded():
 # --- passes and memory ---
 
 
-@pytest.mark.parametrize("name", thinned(CLOSED, by_kernels))
+@pytest.mark.parametrize("name", thinned(CLOSED, by_ways))
 def test_one_pass_to_fold_and_one_to_write(name, monkeypatch):
     launched = []
 
@@ -360,7 +360,7 @@ def test_one_pass_to_fold_and_one_to_write(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", thinned([name for name in CLOSED if METHODS[name].residual not in NOT_FOLDED], by_kernels)
+    "name", thinned([name for name in CLOSED if METHODS[name].residual not in NOT_FOLDED], by_ways)
 )
 def test_nothing_of_the_size_of_the_logits_is_made_beside_them(name):
     tokens, vocabulary = 24, 4096

@@ -6,7 +6,7 @@ import pytest
 import torch
 from measured import CLOSED
 from problems import make_problem
-from thinned import by_kernels, thinned
+from thinned import by_ways, thinned
 
 from trl_qtarget import QTargetConfig, build_target, linear_qtarget_loss, qtarget_loss
 from trl_qtarget.loss.chunks import STATISTICS
@@ -48,7 +48,7 @@ def values_of(dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("which", ["hidden", "prior_hidden"])
-@pytest.mark.parametrize("method", thinned(CLOSED, by_kernels))
+@pytest.mark.parametrize("method", thinned(CLOSED, by_ways))
 def test_a_row_of_nothing_but_minus_infinity(method, which):
     config, values = QTargetConfig(method), values_of(torch.float32)
     values["labels"][ROWS] = torch.tensor([0, 7])  # 0 is what `argmax` says of a row of NaN

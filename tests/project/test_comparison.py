@@ -150,6 +150,7 @@ def test_store_refuses_results_of_other_settings(tmp_path):
         Store(tmp_path, settings.load(quick=True))
 
 
+@pytest.mark.slow
 def test_two_studies_cannot_write_into_one_folder(tmp_path):
     command = [sys.executable, "-m", "method_comparison", "--results", str(tmp_path)]
     store = Store(tmp_path, settings.load())

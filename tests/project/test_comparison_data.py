@@ -55,6 +55,7 @@ def test_no_prompt_is_in_two_splits_and_seeds_differ(task):
     assert again != [problem.prompt for problem in problems(task, 20, "test", 1)]
 
 
+@pytest.mark.slow
 def test_unknown_and_exhausted_tasks_are_refused():
     with pytest.raises(ValueError, match="`task='sums'` is unknown"):
         problems("sums", 1, "test", 0)

@@ -121,6 +121,7 @@ def test_file_system_without_locks(tmp_path, monkeypatch, logged):
     assert any("cannot be locked" in message and "would not be noticed" in message for message in logged())
 
 
+@pytest.mark.slow
 def test_job_of_the_command_line_holds_its_folder(other, tmp_path):
     """Nothing is loaded, and nothing in the folder touched."""
     before = sorted(os.listdir(tmp_path / "out"))

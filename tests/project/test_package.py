@@ -62,6 +62,7 @@ print("trained")
     ),
     ids=lambda names: "+".join(names),
 )
+@pytest.mark.slow
 def test_works_without_what_is_optional(blocked):
     code = TRAINING.format(blocked=blocked, tests=str(ROOT))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -22,6 +22,15 @@ def by_kernels(name: str, *others: Any) -> bool:
     return name not in OF_2026 or name in _FOLDED_ANEW
 
 
+# One for every way in which statistics are folded and gradients made.
+_WAYS = ("sft", "eaft", "iw_sft", "label_smoothing", "asft", "gem", "target_sft", "otr", "prift_mass", "trim_sft")
+
+
+def by_ways(name: str, *others: Any) -> bool:
+    """Whether a method is the one that stands for all whose numbers are made in its way."""
+    return name in _WAYS
+
+
 def one_of_each(cases: Iterable[tuple[Any, Any]]) -> set[tuple[Any, Any]]:
     """Of all pairs of two lists so few that every value of either is in one of them."""
     firsts, seconds = (list(dict.fromkeys(values)) for values in zip(*cases, strict=True))

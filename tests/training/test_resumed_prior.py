@@ -56,7 +56,7 @@ def given(arguments: dict) -> dict:
     return {name: value() if callable(value) else value for name, value in arguments.items()}
 
 
-_QUICK = ("reference", "nearly the reference", "with nothing but the policy", "other base", "other starting weights")
+_QUICK = ("reference", "nearly the reference", "other base")
 
 
 @pytest.mark.parametrize("case", thinned(CASES, lambda case: case in _QUICK))
