@@ -1,6 +1,7 @@
 """The parts of a sitting, the most important first: commands, each with its own limit of time."""
 
 import importlib.util
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ class Part:
     def arguments(self, toy: bool, device: str, rows: str, budget: float) -> list[str]:
         """The whole command line."""
         text = self.toy if toy and self.toy is not None else self.command
-        words = [word.format(rows=rows, device=device, site=SITE, pack=PACK) for word in text.split()]
+        words = [word.format(rows=rows, device=device, site=SITE, pack=PACK) for word in shlex.split(text)]
         if self.budgeted:
             words += ["--device", device, "--budget", f"{budget:.0f}"]
         return [sys.executable, *words]
@@ -112,8 +113,8 @@ PARTS = (
         "kernel-tests",
         210,
         "the tests of the Triton kernels, compiled; in a rehearsal some of them, interpreted on copied memory",
-        _pytest(_WORKERS + "".join(f" tests/loss/test_{name}.py" for name in _KERNEL_TESTS)),
-        _pytest("tests/loss/test_kernels.py -k masked_tokens"),
+        _pytest(_WORKERS + " -m 'not slow'" + "".join(f" tests/loss/test_{name}.py" for name in _KERNEL_TESTS)),
+        _pytest("tests/loss/test_kernels.py -m 'not slow' -k narrow_gradient"),
         environment={"KERNELS_ON": "cuda", "toy:KERNELS_ON": "cpu"},
     ),
     Part("head-trl", 180, f"time of a loss call at {_TRL_SHAPE}", _head(_TRL_SHAPE), _TOY_HEAD, True),
@@ -130,7 +131,7 @@ PARTS = (
         60,
         "products and kernels of one chunk, beside docs/gpu.md",
         _row("gpu.pieces", "--repeats 20"),
-        _row("gpu.pieces", f"--shapes {_TOY} --repeats 1 --kernel triton"),
+        _row("gpu.pieces", "--shapes 8x32x500 --repeats 1 --kernel triton"),
         True,
     ),
     Part("step-lora", 120, "training step of a 1B model, LoRA with its base as prior", _LORA, _TOY_LORA, True),

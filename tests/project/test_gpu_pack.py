@@ -50,8 +50,8 @@ def test_of_bitsandbytes_one_library_is_kept(tmp_path):
 def sitting(tmp_path, monkeypatch):
     """A sitting with parts of its own; the second has no time on its first try, the third cannot run."""
     parts = (
-        Part("first", 30, "prints", "-c print('here')"),
-        Part("long", 30, "waits", "-c while(True):pass"),
+        Part("first", 30, "prints", """-c "print('here')" """),
+        Part("long", 30, "waits", '-c "while True: pass"'),
         Part("absent", 30, "needs more", "-c pass", lacks=lambda: "a library is not installed"),
         Part("wrong", 30, "fails", "-c 1/0"),
     )
