@@ -131,7 +131,7 @@ PARTS = (
         60,
         "products and kernels of one chunk, beside docs/gpu.md",
         _row("gpu.pieces", "--repeats 20"),
-        _row("gpu.pieces", f"--shapes {_TOY} --repeats 1 --kernel triton"),
+        _row("gpu.pieces", "--shapes 8x32x500 --repeats 1 --kernel triton"),
         True,
     ),
     Part("step-lora", 120, "training step of a 1B model, LoRA with its base as prior", _LORA, _TOY_LORA, True),
