@@ -7,12 +7,14 @@ CONSTRAINTS ?= constraints.txt
 # Extra arguments: make demo ARGS="--method dft", make test ARGS="-k parity"
 ARGS ?=
 
-.PHONY: help demo test test-slow test-distributed lint format bench comparison comparison-real docs figures gpu-pack clean
+.PHONY: help demo test test-slow test-distributed test-axolotl lint format bench comparison comparison-real docs figures \
+	gpu-pack clean
 help:
 	@echo "make demo    fine-tune a real language model toward an explicit target (minutes on two cores)"
 	@echo "make test    run the tests;  make test-slow  those that take minutes"
 	@echo "make test CONSTRAINTS=constraints-oldest.txt VENV=.venv-oldest   with the oldest supported versions"
 	@echo "make test-distributed   every target on every backend, in jobs of two processes (minutes)"
+	@echo "make test-axolotl       the plugin of axolotl, in an environment with axolotl (minutes)"
 	@echo "make lint    check style;    make format  mend it"
 	@echo "make comparison   compare all methods (hours; resumable);  ARGS=--quick  a subset (minutes)"
 	@echo "make comparison-real   the same on a real model (hours; resumable);  ARGS=\"--seeds 5\"  more seeds"
@@ -40,6 +42,17 @@ test: $(VENV)/.ready
 
 test-slow: $(VENV)/.ready
 	$(RUN) -m pytest -m slow $(ARGS)
+
+# axolotl's own command with the plugin, in an environment of the versions that it pins.
+test-axolotl:
+	$(MAKE) .venv-axolotl/.axolotl VENV=.venv-axolotl CONSTRAINTS=constraints-axolotl.txt
+	OMP_NUM_THREADS=1 .venv-axolotl/bin/python -m pytest -m slow tests/project/test_axolotl.py $(ARGS)
+
+$(VENV)/.axolotl: $(VENV)/.ready tests/support/axolotl.txt
+	$(RUN) -m pip install --quiet --constraint $(CONSTRAINTS) --requirement tests/support/axolotl.txt
+	$(RUN) -m pip install --quiet --no-deps axolotl==0.19.0 axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6 \
+		evaluate==0.4.1 optimum==1.16.2
+	@touch $@
 
 # Every target on every backend, in jobs of two processes: DDP, ZeRO-1 to 3, FSDP2.
 test-distributed: $(VENV)/.ready
@@ -80,4 +93,4 @@ comparison-real: $(VENV)/.ready
 	$(RUN) -m method_comparison.real $(ARGS)
 
 clean:
-	rm -rf $(VENV) outputs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-axolotl outputs build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -53,6 +53,8 @@ def other_model() -> PreTrainedModel:
 # Before 1.15, TRL's losses had no auxiliary loss in "dft", did not average it over accumulation steps, and scored
 # prompt learning otherwise: there they are no truth to compare with.
 TRL_BEFORE_1_15 = Version(trl.__version__) < Version("1.15")
+# There, a mixture of experts is trained without its auxiliary loss or not at all.
+REFUSES_AUX_LOSS = Version(trl.__version__) < Version("1.14.2")
 
 
 def sft_config(output_dir: str | None = None, **options: Any) -> SFTConfig:

@@ -8,7 +8,8 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import LoraConfig, get_peft_model
-from training import make_trainer, warm_model
+from training import REFUSES_AUX_LOSS, make_trainer, warm_model
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from trl_qtarget import QTargetConfig, QTargetSFTTrainer
 
@@ -198,3 +199,23 @@ def test_collator_without_mask_or_positions():
     )
     with pytest.raises(ValueError, match="`data_collator` must return `attention_mask` or `position_ids`"):
         trainer.train()
+
+
+# --- an old TRL ---
+
+
+@pytest.mark.skipif(not REFUSES_AUX_LOSS, reason="this TRL has the auxiliary loss that is ours")
+def test_auxiliary_loss_of_an_old_trl():
+    refused("`router_aux_loss_coef` is another weight, of another mean, in TRL 1.", model=warm_model(tiny.moe_model))
+    options = {"router_aux_loss_coef": 0.0}
+    data = tiny.text_dataset(4)
+    make_trainer(QTargetSFTTrainer, data, warm_model(tiny.moe_model), qtarget_config="sft", options=options)
+
+
+@pytest.mark.skipif(not REFUSES_AUX_LOSS, reason="this TRL loads a path without a device map on CPUs")
+def test_device_map_of_an_old_trl_in_zero3(tmp_path):
+    pytest.importorskip("deepspeed")
+    warm_model().save_pretrained(tmp_path)
+    alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # what tells transformers that ZeRO-3 is on
+    refused("loads with a `device_map`, and ZeRO-3 takes none", model=str(tmp_path))
+    del alive

@@ -5,9 +5,13 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
+import trl
+from accelerate.utils import DistributedType
 from datasets import Dataset
+from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, DataCollatorForVisionLanguageModeling
 
@@ -15,6 +19,11 @@ from ..target.config import QTargetConfig
 from .columns import TokenColumns
 from .data import TokenColumnCollator, columns_for, is_packed, prepare_with_columns
 from .mixin import QTargetMixin
+
+
+# Before 1.14.2, TRL has one weight of the auxiliary loss for all classes of model, averages it otherwise, and loads a
+# path with a device map on CPUs too.
+_OLD_TRL = Version(trl.__version__) < Version("1.14.2")
 
 
 class QTargetSFTTrainer(QTargetMixin, SFTTrainer):
@@ -60,6 +69,8 @@ class QTargetSFTTrainer(QTargetMixin, SFTTrainer):
         prior_cache: str | None = None,
         **sft_kwargs: Any,
     ):
+        if _OLD_TRL:
+            _refuse_device_map_in_zero3(model, args)
         self._prepared: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # dataset -> whether it is packed
         super().__init__(
             model,
@@ -133,6 +144,11 @@ class QTargetSFTTrainer(QTargetMixin, SFTTrainer):
     # --- loss ---
 
     def _weight_of_aux_loss(self) -> float:
+        if self.aux_loss_enabled and _OLD_TRL:
+            raise ValueError(
+                f"`router_aux_loss_coef` is another weight, of another mean, in TRL {trl.__version__}: set it to 0.0 "
+                "to train without an auxiliary loss, or install `trl>=1.14.2`."
+            )
         return self.router_aux_loss_coef if self.aux_loss_enabled else 0.0
 
     def compute_loss(
@@ -144,6 +160,18 @@ class QTargetSFTTrainer(QTargetMixin, SFTTrainer):
     ) -> Any:
         with _explaining_truncated_images(self.args.max_length):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def _refuse_device_map_in_zero3(model: "str | PreTrainedModel", args: SFTConfig | None) -> None:
+    if not is_deepspeed_zero3_enabled() or not isinstance(model, str) or args is None:
+        return
+    mapped = (args.model_init_kwargs or {}).get("device_map", "auto") is not None
+    dropped = args.distributed_state.distributed_type in (DistributedType.MULTI_GPU, DistributedType.DEEPSPEED)
+    if mapped and not dropped:
+        raise ValueError(
+            f"`model` is a path, which TRL {trl.__version__} loads with a `device_map`, and ZeRO-3 takes none: set "
+            "`model_init_kwargs={'device_map': None}`, or install `trl>=1.14.2`."
+        )
 
 
 @contextmanager
