@@ -11,12 +11,9 @@ given to those after it. A part writes its rows as it goes: what was measured is
 
 import argparse
 import importlib.util
-import os
 import signal
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,9 +21,9 @@ import torch
 from . import figures, readme
 from .common import RESULTS
 from .parts import PARTS
+from .process import FAILED, ROOT, run_limited
 
 
-ROOT = Path(__file__).parents[1]
 MINUTES = {"cuda": 8, "cpu": 60}
 # Of a part's time, what its start and its last measurement may take beyond its own budget: in seconds, and as a share.
 _START, _LAST = 15, 0.1
@@ -64,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         begun = time.monotonic()
         outcome = _run(name, seconds, results / f"{name}-{arguments.device}.csv", arguments)
         print(f"[{number + 1}/{len(arguments.only)}] {name}: {outcome}, {time.monotonic() - begun:.0f} s", flush=True)
-        if outcome == "failed":
+        if outcome == FAILED:
             failed.append(name)
 
     _report(results, arguments.output)
@@ -81,23 +78,7 @@ def _run(name: str, seconds: float, output: Path, arguments: argparse.Namespace)
     command = [sys.executable, "-m", f"benchmarks.{PARTS[name].module}"]
     command += PARTS[name].arguments(arguments.device, arguments.quick)
     command += ["--device", arguments.device, "--budget", f"{budget:.0f}", "--output", str(output.resolve())]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-    try:
-        return "failed" if process.wait(timeout=seconds) else "done"
-    except subprocess.TimeoutExpired:
-        return "stopped, its time was over"
-    finally:
-        _end(process)  # also when this command is interrupted
-
-
-def _end(process: subprocess.Popen) -> None:
-    """End a part and the processes that it has started, if they still run; give it a moment to clean up."""
-    for number in (signal.SIGINT, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            if process.poll() is None:
-                os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=5)
+    return run_limited(command, seconds)
 
 
 def _report(results: Path, output: Path | None) -> None:

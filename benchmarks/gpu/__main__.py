@@ -19,23 +19,21 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from trl_qtarget.files import replacing
 
+from ..process import DONE, FAILED, ROOT, run_limited
 from . import install
 from .parts import BY_NAME, PARTS, Part
 
 
-ROOT = Path(__file__).parents[2]
 STATE, LOG, REPORT = "state.json", "log.txt", "report.md"
 # What a part's start, and the end of its last measurement, may take of its time.
 _START, _LAST = 10, 0.1
 # With less than this, in seconds, no part is begun.
 _LEAST = 15
-DONE = "done"
 # Before what a part prints, in the log.
 _HEADLINE = "===== "
 
@@ -147,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
         how = f"left out: {reason}" if reason else _run(part, seconds, device, arguments.toy, sitting)
         sitting.ended(part, how, time.monotonic() - begun)
         print(f"{part.name}: {how}, {time.monotonic() - begun:.0f} s", flush=True)
-        if how == "failed":
+        if how == FAILED:
             failed.append(part.name)
             print("\n".join(sitting.state["parts"][part.name]["tail"]), flush=True)
     print(f"Results are in {sitting.folder}.")
@@ -183,30 +181,8 @@ def _run(part: Part, seconds: float, device: str, toy: bool, sitting: Sitting) -
     with sitting.log.open("a") as log:
         log.write(f"\n{_HEADLINE}{part.name}: {' '.join(command[1:])}\n")
         log.flush()
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=_environment(part, device, toy),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            return "failed" if process.wait(timeout=seconds) else DONE
-        except subprocess.TimeoutExpired:
-            return "stopped, its time was over"
-        finally:
-            _end(process)  # also when this command is interrupted
-
-
-def _end(process: subprocess.Popen) -> None:
-    """End a part and what it has started; give it a moment to write down what it knows."""
-    for number in (signal.SIGINT, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            if process.poll() is None:
-                os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=5)
+        environment = _environment(part, device, toy)
+        return run_limited(command, seconds, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 if __name__ == "__main__":

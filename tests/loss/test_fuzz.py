@@ -87,11 +87,16 @@ def check(seed: int) -> None:
         assert relative_error(found, true, 1.0) < TOLERANCE, case
 
 
-def test_random_losses_are_their_formulas():
+def fuzz(check: Callable[[int], None], seconds: float) -> str:
+    """Check seed after seed until the time is over, `FUZZ_SECONDS` or so many; says which they were."""
     first = int(os.environ.get("FUZZ_SEED", "0")) * 10**6
-    end, seed = time.monotonic() + float(os.environ.get("FUZZ_SECONDS", "60")), first
+    end, seed = time.monotonic() + float(os.environ.get("FUZZ_SECONDS", seconds)), first
     while time.monotonic() < end:
         check(seed)
         seed += 1
-    print(f"seeds {first} to {seed - 1}")  # noqa: T201
     assert seed > first
+    return f"seeds {first} to {seed - 1}"
+
+
+def test_random_losses_are_their_formulas():
+    print(fuzz(check, 60))  # noqa: T201

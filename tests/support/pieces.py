@@ -3,17 +3,14 @@
 `torchrun --nproc_per_node 2 pieces.py outcomes.json` calls every case of `CASES` and writes what it raised.
 """
 
-import json
-import os
 import sys
-import traceback
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from outcomes import write_outcomes
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
@@ -146,19 +143,5 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-def main(file: str) -> None:
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    dist.init_process_group("gloo")
-    outcomes = {}
-    for name, case in CASES.items():
-        try:
-            case()
-            outcomes[name] = ""
-        except Exception:
-            outcomes[name] = traceback.format_exc()
-        if dist.get_rank() == 0:
-            Path(file).write_text(json.dumps(outcomes))
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    write_outcomes(CASES, *sys.argv[1:])

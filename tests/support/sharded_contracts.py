@@ -4,16 +4,13 @@
 each of them raised. `test_contract_sharded.py` reads it.
 """
 
-import json
-import os
 import sys
-import traceback
-from pathlib import Path
 
 import tiny
 import torch
 import torch.distributed as dist
 from accelerate.utils import is_peft_model
+from outcomes import write_outcomes
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -208,19 +205,5 @@ CONTRACTS = [
 ]
 
 
-def main(file: str) -> None:
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    dist.init_process_group("gloo")
-    outcomes = {}
-    for contract in CONTRACTS:
-        try:
-            contract()
-            outcomes[contract.__name__] = ""
-        except Exception:
-            outcomes[contract.__name__] = traceback.format_exc()
-        if dist.get_rank() == 0:
-            Path(file).write_text(json.dumps(outcomes))
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    write_outcomes({contract.__name__: contract for contract in CONTRACTS}, *sys.argv[1:])

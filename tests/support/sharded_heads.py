@@ -4,18 +4,15 @@
 truth is the loss of one process, from whole logits.
 """
 
-import json
-import os
 import sys
-import traceback
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import heads
 import tiny
 import torch
 import torch.distributed as dist
+from outcomes import write_outcomes
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -261,19 +258,5 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-def main(file: str) -> None:
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    dist.init_process_group("gloo")
-    outcomes = {}
-    for name, case in CASES.items():
-        try:
-            case()
-            outcomes[name] = ""
-        except Exception:
-            outcomes[name] = traceback.format_exc()
-        if dist.get_rank() == 0:
-            Path(file).write_text(json.dumps(outcomes))
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    write_outcomes(CASES, *sys.argv[1:])

@@ -227,3 +227,12 @@ def test_batch_without_labels_or_weights():
         first_step("sft", rows().remove_columns("labels"), collator)
     with pytest.raises(ValueError, match="`data_collator` gave a batch without `token_weights`"):
         first_step("cft", rows(), collator)
+
+
+def test_an_evaluation_passes_over_a_batch_once():
+    """Logits that nobody asks for would take a second pass."""
+    args = arguments_of(sft_config(per_device_eval_batch_size=3))
+    trainer, passes = plain(warm_model(), args, eval_dataset=rows(6, 5), qtarget_config="dft"), []
+    trainer.model.model.register_forward_hook(lambda *_: passes.append(1))
+    trainer.evaluate()
+    assert len(passes) == len(trainer.get_eval_dataloader()) == 2

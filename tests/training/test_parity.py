@@ -10,7 +10,7 @@ import tiny
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from thinned import thinned
-from training import TRL_BEFORE_1_15, Run, make_trainer, train, warm_model
+from training import REFUSES_AUX_LOSS, TRL_BEFORE_1_15, Run, make_trainer, train, warm_model
 from trl import SFTTrainer
 
 from trl_qtarget import QTargetSFTTrainer
@@ -24,7 +24,8 @@ EVERY_STEP = ("loss", "entropy", "mean_token_accuracy", "grad_norm", "num_tokens
 # number (a grad_norm; the losses stay within 2e-6), and 1.2e-5 of the way that a trained tensor has gone, beyond the
 # rounding of the tensor itself, which it gets at every step. Both bounds are four times that, for other machines.
 LOG_TOLERANCE = 5e-5
-WEIGHT_TOLERANCE = 5e-5 if not TRL_BEFORE_1_15 else 1e-4  # TRL 1.9 adds up otherwise: 1.15 of the first
+# TRL 1.9 adds up in another order, which took 1.15 of the bound for later ones.
+WEIGHT_TOLERANCE = 1e-4 if REFUSES_AUX_LOSS else 5e-5
 WEIGHT_ROUNDING = STEPS * torch.finfo(torch.float32).eps
 
 

@@ -16,7 +16,7 @@ from ..training.caching import write_cache
 from ..training.data import kept_by_truncation
 from .device import cpu_words
 from .errors import say
-from .options import check_known
+from .options import check_known, refuse
 from .recipe import Parser, names_given, separated
 from .sft import NO_GPU, RECIPE, check_model, make_trainer
 
@@ -87,6 +87,7 @@ def _convert(arguments: Sequence[str]) -> int:
     parser.add_argument("--ref_model_name_or_path", required=True, help="The engine's model, which is not loaded.")
     parser.add_argument("--output_dir", required=True, help="The folder of the cache.")
     parser.add_argument("--k", type=int, default=CacheArguments.k, help="Tokens that are kept at every place.")
+    parser.error = refuse
     wanted = parser.parse_args(arguments)
     vocabulary = AutoConfig.from_pretrained(wanted.model_name_or_path).get_text_config().vocab_size
     tokenizer, teacher = AutoTokenizer.from_pretrained(wanted.model_name_or_path), wanted.ref_model_name_or_path

@@ -135,8 +135,8 @@ def _product(hidden: Tensor, vocabulary: int) -> Tensor:
 
 
 def _check_product(model: PreTrainedModel, head: nn.Module, hidden: Tensor) -> None:
-    own = module_of_product(head)._parameters.items()
-    trained = [name for name, it in own if name not in ("weight", "bias") and it is not None and it.requires_grad]
+    parameters = module_of_product(head).named_parameters(recurse=False)
+    trained = [name for name, value in parameters if name not in ("weight", "bias") and value.requires_grad]
     if trained:
         raise UnfitHead(
             f"`lm_head` of this {type(model).__name__} trains `{trained[0]}` beside its weight and bias, which the "

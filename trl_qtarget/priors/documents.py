@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
@@ -29,6 +30,16 @@ def has_documents(inputs: Mapping[str, Any]) -> bool:
         return False
     mask = inputs.get("attention_mask")
     return mask is None or (mask.dim() == 2 and bool(mask.all()))
+
+
+def numbers_of(begins: Tensor) -> Tensor:
+    """The number of each token's document in its row, `[B, T]`; `begins[B, T - 1]` of all tokens but the first."""
+    return F.pad(begins, (1, 0)).cumsum(-1)
+
+
+def begins_of(positions: Tensor) -> Tensor:
+    """Where positions `[B, T]` do not go on, so that a document begins: `[B, T - 1]`, of all tokens but the first."""
+    return positions[:, 1:] <= positions[:, :-1]
 
 
 def accepted(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:

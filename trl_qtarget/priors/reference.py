@@ -96,8 +96,9 @@ def load_reference(
     The `same_model` takes all of them. Code of another model's repository is not run: load such a model yourself.
     """
     given = policy_options(args)
-    own = {"trust_remote_code": getattr(args, "trust_remote_code", False)} | given
-    own = own if same_model else reference_options(given)
+    own = reference_options(given)
+    if same_model:
+        own = {"trust_remote_code": getattr(args, "trust_remote_code", False)} | given
     options = {"dtype": policy.dtype} | own
     if accelerator.num_processes > 1:
         options["device_map"] = None

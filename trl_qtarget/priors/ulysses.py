@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .documents import begins_of, numbers_of
 
 
 _HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim")
@@ -69,7 +70,7 @@ def tell_documents_apart(attention: Any) -> None:
 
 def document_mask(positions: Tensor) -> Tensor:
     """Who sees whom, `[B, 1, T, T]`: a token those before it in its document, by positions `[B, T]` that go on."""
-    document = F.pad(positions[:, 1:] <= positions[:, :-1], (1, 0)).cumsum(-1)
+    document = numbers_of(begins_of(positions))
     causal = torch.ones(positions.size(1), positions.size(1), dtype=torch.bool, device=positions.device).tril()
     return ((document[:, :, None] == document[:, None, :]) & causal)[:, None]
 

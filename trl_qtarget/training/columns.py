@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..loss.request import IGNORE_INDEX
 from ..priors.cached import ROWS_KEY
+from ..priors.documents import begins_of, numbers_of
 from ..priors.store import PriorCache
 
 
@@ -105,9 +105,9 @@ def _documents_of_rows(inputs: Mapping[str, Any], labels: Tensor) -> Tensor | in
     if index is not None:
         begins = index[:, 1:] != index[:, :-1]
     elif positions is not None:
-        begins = positions[:, 1:] <= positions[:, :-1]
+        begins = begins_of(positions)
     elif ends is not None and len(labels) == 1:
         return torch.bucketize(torch.arange(labels.size(1), device=labels.device), ends[1:], right=True)
     else:
         return 0
-    return F.pad(begins, (1, 0)).cumsum(-1)
+    return numbers_of(begins)

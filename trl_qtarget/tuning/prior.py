@@ -47,7 +47,7 @@ class SharedPrior:
         """The arguments of a candidate's training, which reads the cache in place of the model."""
         if name not in self.used_by:
             return recipe
-        kept = {name: value for name, value in recipe.items() if not name.startswith(_OF_THE_REFERENCE)}
+        kept = {key: value for key, value in recipe.items() if not key.startswith(_OF_THE_REFERENCE)}
         return kept | {"prior_cache": str(self.folder)}
 
     def ensure(self, write_recipe: Callable[[Path], None]) -> None:
