@@ -40,7 +40,8 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from trl_qtarget import QTargetConfig, QTargetSFTTrainer
+from trl_qtarget import QTargetSFTTrainer
+from trl_qtarget.target.config import prior_itself
 from trl_qtarget.training.caching import write_cache
 
 from .budget import Budget, rounds
@@ -170,7 +171,7 @@ def _cache(mode: str, directory: str, config: SFTConfig, data: dict[str, Any], a
     """A cache of what the model says before it is trained."""
     folder = Path(directory) / f"cache-{mode}"
     frozen = "start" if data["peft_config"] is None else "base"
-    asked = QTargetConfig(method=None, trust="zero", residual="prior", prior=frozen)
+    asked = prior_itself(frozen)
     trainer = QTargetSFTTrainer(_model(mode, directory, arguments), config, **data, qtarget_config=asked)
     write_cache(trainer, folder, "top_k", min(_CACHED_TOKENS, MODELS[arguments.model]["vocab_size"]))
     return folder

@@ -16,6 +16,7 @@ import transformers
 from transformers import PreTrainedModel, PrinterCallback
 
 from trl_qtarget import QTargetConfig, QTargetSFTTrainer
+from trl_qtarget.target.config import prior_itself
 from trl_qtarget.training.caching import write_cache
 
 from .demonstrations import KINDS, demonstrations
@@ -135,10 +136,11 @@ def _trainer(run: Run, study: Study, models: Path, scratch: Path) -> QTargetSFTT
 
 def _cache(reference: PreTrainedModel, folder: Path, k: int, shared: dict[str, Any]) -> Path:
     """What a reference says of the demonstrations, its k most probable tokens."""
-    asked = QTargetConfig(method=None, trust="zero", residual="prior")
     options = arguments(folder / "unused", per_device_eval_batch_size=256, model_init_kwargs={"dtype": "float32"})
     policy = copy.deepcopy(reference)
-    write_cache(QTargetSFTTrainer(policy, options, qtarget_config=asked, ref_model=reference, **shared), folder, k=k)
+    write_cache(
+        QTargetSFTTrainer(policy, options, qtarget_config=prior_itself(), ref_model=reference, **shared), folder, k=k
+    )
     return folder
 
 

@@ -48,7 +48,10 @@ def write(study: RealStudy, store: Store, directory: Path, words: str = "") -> P
         chance_table(tested),
         "## Where it agrees with the small models, and where not",
         _AGREEMENT,
-        *(f"{agreement_summary(tested, measure)}\n\n{agreement_table(tested, measure)}" for measure in MEASURES),
+        *(
+            f"{agreement_summary(tested, small, measure)}\n\n{agreement_table(tested, small, measure)}"
+            for measure in MEASURES
+        ),
         f"![differences]({FIGURE})",
     ]
     path = directory / "README.md"
@@ -160,17 +163,17 @@ def chance_table(tested: Tested) -> str:
     return table(["setting", *MEASURES], lines) if lines else "Not measured yet."
 
 
-def agreement_table(tested: Tested, measure: str) -> str:
+def agreement_table(tested: Tested, small: Tested, measure: str) -> str:
     """Every method and kind of demonstrations that were measured on small models and on the real one."""
     lines = [
         [f"`{each.setting}`", f"`{each.method}`", _cell(each.small), _cell(each.real), each.word]
-        for each in pairs(tested, small_tested(), measure)
+        for each in pairs(tested, small, measure)
     ]
     return table(["setting", "method", "small models", "real model", measure], lines) if lines else "Not measured yet."
 
 
-def agreement_summary(tested: Tested, measure: str) -> str:
+def agreement_summary(tested: Tested, small: Tested, measure: str) -> str:
     """How often each word stands in the table; without `sft_again`, of which nothing is expected."""
-    words = Counter(each.word for each in pairs(tested, small_tested(), measure) if each.method != AGAIN)
+    words = Counter(each.word for each in pairs(tested, small, measure) if each.method != AGAIN)
     counts = ", ".join(f"{word} {words[word]}" for word in WORDS)
     return f"**{measure}**: of {words.total()} differences, {counts}."

@@ -143,6 +143,7 @@ REPRESENTATIVE = [
     {"method": "gem", "softcap": 30.0},
     # All that a design may ask for, at once.
     {"method": None, "trust": "rank * margin * collision * r", "residual": "guided"},
+    {"method": None, "trust": "prior_mass", "scale": "rank * margin * collision", "residual": "spared_prior"},
     {"method": "prift_mass"},
     {"method": "mask_target", "softcap": 30.0},
     {"method": "target_sft", "vocabulary": "ragged", "out": "float32", "softcap": 30.0},
@@ -167,6 +168,7 @@ def test_any_number_of_tokens_takes_the_same_code(tmp_path):
 def test_every_combination_compiles_without_spilling(capability, tmp_path):
     cases = [{"method": name} for name in CLOSED]
     cases += [{"method": None, "trust": trust, "residual": residual} for trust in TRUSTS for residual in RESIDUALS]
+    cases += [case for case in REPRESENTATIVE if case.get("method") is None]
     kinds = ("sft", "psft", "target_sft", "gem", "label_smoothing", "distill")
     for name, vocabulary, out in itertools.product(kinds, VOCABULARIES, ("bfloat16", "float32")):
         cases += [{"method": name, "vocabulary": vocabulary, "out": out, "softcap": 30.0}]

@@ -13,10 +13,11 @@ from training import make_trainer, other_model, warm_model
 from trl_qtarget import QTargetConfig, QTargetSFTTrainer
 from trl_qtarget.priors.record import PriorRecord
 from trl_qtarget.priors.store import PriorCache, key_of
+from trl_qtarget.target.config import prior_itself
 from trl_qtarget.training.caching import write_cache
 
 
-TEACHER = QTargetConfig(method=None, trust="zero", residual="prior")
+TEACHER = prior_itself()
 V = len(tiny.tokenizer())
 
 
@@ -150,7 +151,7 @@ def test_train_an_adapter_from_its_cached_base(tmp_path):
             QTargetSFTTrainer, dataset, warm_model(), options=options, qtarget_config=config, peft_config=lora, **prior
         )
 
-    base = QTargetConfig(method=None, trust="zero", residual="prior", prior="base")
+    base = prior_itself("base")
     write_cache(trainer(base, {"max_length": None}), tmp_path / "cache", "top_k", V)
     losses = []
     for prior in ({}, {"prior_cache": str(tmp_path / "cache")}):

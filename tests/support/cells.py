@@ -28,6 +28,7 @@ from transformers.distributed import DistributedConfig
 
 from trl_qtarget import QTargetConfig, QTargetSFTTrainer
 from trl_qtarget.priors.shards import gather, in_zero3, share
+from trl_qtarget.target.config import prior_itself
 from trl_qtarget.training.caching import write_cache
 
 
@@ -162,14 +163,13 @@ def save_models(folder: Path) -> None:
 
 def save_cache(folder: Path, form: str) -> None:
     """What the reference model says of `rows`, all of it, beside the results of a job."""
-    asked = QTargetConfig(method=None, trust="zero", residual="prior")
     args = sft_config(str(folder / "unused"), max_length=None)
     trainer = QTargetSFTTrainer(
         warm_model(),
         args,
         train_dataset=rows(),
         processing_class=tiny.tokenizer(),
-        qtarget_config=asked,
+        qtarget_config=prior_itself(),
         ref_model=warm_model(steps=12),
     )
     write_cache(trainer, folder / f"cache-{form}", form, len(tiny.tokenizer()))

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..priors.prompt_logprobs import write_prompt_logprobs
 from ..priors.store import FORMS
-from ..target.config import QTargetConfig
+from ..target.config import prior_itself
 from ..training.caching import write_cache
 from ..training.data import kept_by_truncation
 from .device import cpu_words
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     # The target only asks for the prior itself. Of a policy that is not trained, the start is the model as it is.
     frozen = "base" if model.use_peft and target.prior != "start" else "start"
     prior = frozen if reference.ref_model_name_or_path is None else "auto"
-    asked = QTargetConfig(method=None, trust="zero", residual="prior", prior=prior)
+    asked = prior_itself(prior)
     trainer = make_trainer(script, training, model, mixture, asked, replace(reference, prior_cache=None))
     write_cache(trainer, training.output_dir, wanted.form, wanted.k, kept)
     sys.stdout.write(f"{training.output_dir} has what {trainer.prior_choice.title} says of the dataset.\n")

@@ -20,7 +20,7 @@ from ..loss.request import Observed
 from ..priors.base import virtual_tokens
 from ..priors.choice import PolicyFacts, PriorChoice, PriorKind, check_models, choose_prior
 from ..priors.resolved import ResolvedTarget
-from ..target.config import QTargetConfig
+from ..target.config import QTargetConfig, prior_itself
 from ..target.token_target import TokenTarget
 from ..training.trainer import QTargetSFTTrainer
 from .guest import load_policy, no_trace, precision
@@ -30,7 +30,7 @@ from .words import vocabulary
 
 
 # What shows policy and prior without a method: its target is the prior itself, or the policy where there is none.
-_REFERENCE = QTargetConfig(method=None, trust="zero", residual="prior")
+_REFERENCE = prior_itself()
 # Column that names an example; without one, examples have the numbers that they come in.
 ROW_COLUMN = "inspected_row"
 _VERSIONS = ("trl-qtarget", "torch", "transformers", "trl")

@@ -416,3 +416,8 @@ class QTargetConfig:
             raise ValueError(f"`{path}` does not hold a JSON object: write it again with `save_pretrained`.")
         values.pop(PROVENANCE, None)
         return cls._from_fields(values, f"`{path}`")
+
+
+def prior_itself(prior: str = "auto") -> QTargetConfig:
+    """A target that asks for nothing but the prior: what a cache stores, and what is shown beside other targets."""
+    return QTargetConfig(method=None, trust="zero", residual="prior", prior=prior)

@@ -31,9 +31,6 @@ REST_MAX = tl.constexpr(16)  # largest z but for the label's, NaN where there is
 REST_LOG_SUM = tl.constexpr(17)  # log Σ exp(z - max) without the label
 ROWS = 18
 
-# Columns of a lane in one step. What a lane keeps is brought up to date once for all of them, not for each.
-GROUP = tl.constexpr(4)
-
 
 @triton.jit
 def exp(x):
@@ -77,8 +74,9 @@ def fold_kernel(
     HAS_PRIOR_BELOW: tl.constexpr,
     SPARED: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
-    """One program per row. Every lane folds its own columns; the lanes are joined once, at the end.
+    """One program per row. Every lane folds its own columns, `GROUP` in a step; the lanes are joined once, at the end.
 
     `FLOOR` stands for a probability of zero, as in `tile.finite`. All `-inf` become `FLOOR`, and so does what lies
     beyond the last column; NaN stays what it is: a maximum passes it over, the sums do not. All of a row is NaN where

@@ -26,6 +26,10 @@ _LARGEST_SHARE = 1024.0
 # Columns of float32 logits that a program works on at a time, and bytes of them per thread: enough loads at once to
 # hide the way from memory, and what a thread keeps still fits its registers.
 _BLOCK, _BYTES_PER_THREAD = 4096, 64
+# Columns of a lane in one step. What a lane keeps is brought up to date once for all of them, not for each.
+_GROUP = 4
+# Two programs of 256 such threads fill a processor's 65536 registers, and wait for memory in turns.
+_REGISTERS = 128
 
 
 class _Asked(Exception):
@@ -92,6 +96,8 @@ class FoldingKernel:
         # A trust that reads the prior reads its log-probability of the label.
         reads_prior = objective.trust.uses_prior or objective.scale.uses_prior
         self.asked = Asked(reads_prior, objective.statistics, spared)
+        # What such a design keeps leaves no room for as many columns at a time.
+        self.crowded = spared and made is not None and bool(made.mixture and objective.statistics)
 
     def block_tokens(self, vocabulary: int, device: torch.device) -> int:
         """Any number of tokens: nothing of the vocabulary's size is made between the passes."""
@@ -145,7 +151,7 @@ class FoldingKernel:
                     HAS_COLLISION="collision" in self.asked.statistics,
                     SPARED=self.asked.spared,
                     HAS_PRIOR_BELOW="prior_mass_below" in self.asked.statistics and prior_logits is not None,
-                    **_launch(logits),
+                    **_steps(_launch(logits), self.crowded),
                 )
         # What is not folded looks for the label's column; a row of another label is NaN from its maximum on.
         inside = labels.clamp(0, logits.size(1) - 1) if self.looks_up else labels
@@ -219,4 +225,13 @@ def _launch(logits: Tensor) -> dict[str, int | bool]:
     # All threads side by side along the lanes of a step, so that what a lane keeps is in the registers of one thread.
     warps = block * size // (_BYTES_PER_THREAD * (64 if torch.version.hip else 32))
     # Fused multiply-adds save instructions; from Triton 3.10 on they have to be asked for.
-    return {"BLOCK": max(fold.GROUP.value, block), "num_warps": max(1, warps), "enable_fp_fusion": True}
+    options = {"BLOCK": max(_GROUP, block), "num_warps": max(1, warps), "enable_fp_fusion": True}
+    if size <= 4 and not torch.version.hip:
+        options["maxnreg"] = _REGISTERS
+    return options
+
+
+def _steps(launch: dict[str, int | bool], crowded: bool) -> dict[str, int | bool]:
+    """How the fold goes along a row: as `launch` says, or as many lanes with half of the columns."""
+    group = _GROUP // 2 if crowded else _GROUP
+    return launch | {"GROUP": group, "BLOCK": launch["BLOCK"] // _GROUP * group}
