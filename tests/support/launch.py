@@ -146,10 +146,10 @@ def end(job: subprocess.Popen) -> None:
     job.wait()
 
 
-def outcomes_of(script: str, folder: Path) -> dict[str, str]:
+def outcomes_of(script: str, folder: Path, backend: str = "ddp") -> dict[str, str]:
     """What each case of a script of `tests/support` said, run by two ranks: an error, or nothing."""
     log, found = folder / "log.txt", folder / "outcomes.json"
-    finish(start([*torchrun(), str(Path(__file__).parent / script), str(found)], log), log)
+    finish(start([*launcher(backend, folder)[:-1], str(Path(__file__).parent / script), str(found)], log), log)
     return json.loads(found.read_text())
 
 

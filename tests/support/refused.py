@@ -1,6 +1,7 @@
 """Refusals on two ranks at once: `torchrun --nproc_per_node 2 refused.py outcomes.json`.
 
-Every case of `CASES` has to raise a ValueError on both ranks. Whoever waits for a rank that has raised gets an error
+Started by a launcher that splits rows over the ranks, it runs the cases of `SPLIT_CASES`, otherwise those of `CASES`:
+every one has to raise a ValueError on both ranks. Whoever waits for a rank that has raised gets an error
 of gloo's in its place, after `_PATIENCE` seconds.
 """
 
@@ -22,8 +23,9 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from training import sft_config, warm_model
+from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from trl_qtarget import QTargetConfig, QTargetSFTTrainer
 
@@ -104,18 +106,47 @@ def _cases(folder: str) -> dict[str, Callable[[], Any]]:
     }
 
 
-CASES = tuple(_cases(""))
+def _split_cases(folder: str) -> dict[str, Callable[[], Any]]:
+    def llama(**changes: Any) -> LlamaForCausalLM:
+        return LlamaForCausalLM(type(sizes).from_dict(sizes.to_dict() | changes))
+
+    sizes = warm_model().config
+    kept = {name: getattr(sizes, name) for name in ("vocab_size", "hidden_size", "num_attention_heads")}
+    windows = MistralForCausalLM(MistralConfig(**kept, num_hidden_layers=1, intermediate_size=32, sliding_window=8))
+    eager = llama()
+    eager.set_attn_implementation("eager")
+    tokens = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    two_rows = {"padding_free": True, "per_device_train_batch_size": 2}
+    return {
+        "virtual tokens": partial(_trainer, peft_config=tokens),
+        "sliding windows": partial(_trainer, model=windows),
+        "a batch of rows without padding": partial(_trainer, options=two_rows),
+        "reference of other heads": partial(
+            _trainer, "distill", ref_model=llama(num_attention_heads=1, num_key_value_heads=1)
+        ),
+        "reference of other attention": partial(_trainer, "distill", ref_model=eager),
+        "no such reference": partial(_trainer, "distill", ref_model=folder + "/nowhere"),
+    }
+
+
+CASES, SPLIT_CASES = tuple(_cases("")), tuple(_split_cases(""))
 
 
 def main(file: str) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
     datasets.disable_progress_bars()
-    dist.init_process_group("gloo", timeout=timedelta(seconds=_PATIENCE))
-    PartialState(cpu=True)
+    split, patience = "PARALLELISM_CONFIG_SP_SIZE" in os.environ, timedelta(seconds=_PATIENCE)
+    if split:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo", timeout=patience)
+    else:
+        dist.init_process_group("gloo", timeout=patience)
+        PartialState(cpu=True)
     shared: list[Any] = [tempfile.mkdtemp()]
     dist.broadcast_object_list(shared)
     outcomes: dict[str, list[str]] = {}
-    for name, case in _cases(shared[0]).items():
+    for name, case in (_split_cases if split else _cases)(shared[0]).items():
         _again()
         try:
             case()
