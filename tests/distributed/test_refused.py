@@ -23,7 +23,7 @@ def split_outcomes(tmp_path_factory):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", SPLIT_CASES)
-def test_refused_on_both_ranks_of_a_row(name, split_outcomes):
-    one, other = split_outcomes[name]
-    assert one.startswith("refused: ") and one == other
+@pytest.mark.parametrize("words", SPLIT_CASES)
+def test_refused_on_both_ranks_of_a_row(words, split_outcomes):
+    one, other = split_outcomes[words]
+    assert one.startswith("refused: ") and words in one and one == other

@@ -31,6 +31,7 @@ from trl_qtarget import QTargetConfig, QTargetSFTTrainer
 
 
 _PATIENCE = 20
+_SPLIT = "PARALLELISM_CONFIG_SP_SIZE" in os.environ
 
 
 def _rows(**columns: Any) -> Dataset:
@@ -77,7 +78,7 @@ def _resume(folder: str) -> None:
 
 
 def _again() -> None:
-    AcceleratorState._reset_state(reset_partial_state=False)
+    AcceleratorState._reset_state(reset_partial_state=_SPLIT)
 
 
 def _cases(folder: str) -> dict[str, Callable[[], Any]]:
@@ -107,6 +108,8 @@ def _cases(folder: str) -> dict[str, Callable[[], Any]]:
 
 
 def _split_cases(folder: str) -> dict[str, Callable[[], Any]]:
+    """By what they are refused with."""
+
     def llama(**changes: Any) -> LlamaForCausalLM:
         return LlamaForCausalLM(type(sizes).from_dict(sizes.to_dict() | changes))
 
@@ -116,16 +119,15 @@ def _split_cases(folder: str) -> dict[str, Callable[[], Any]]:
     eager = llama()
     eager.set_attn_implementation("eager")
     tokens = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    two_rows = {"padding_free": True, "per_device_train_batch_size": 2}
+    two_rows = {"padding_free": True, "max_length": None, "per_device_train_batch_size": 2}
+    other_heads = llama(num_attention_heads=1, num_key_value_heads=1)
     return {
-        "virtual tokens": partial(_trainer, peft_config=tokens),
-        "sliding windows": partial(_trainer, model=windows),
-        "a batch of rows without padding": partial(_trainer, options=two_rows),
-        "reference of other heads": partial(
-            _trainer, "distill", ref_model=llama(num_attention_heads=1, num_key_value_heads=1)
-        ),
-        "reference of other attention": partial(_trainer, "distill", ref_model=eager),
-        "no such reference": partial(_trainer, "distill", ref_model=folder + "/nowhere"),
+        "`peft_config` is of prompt learning": partial(_trainer, peft_config=tokens),
+        "`model` has layers of the kind sliding_attention": partial(_trainer, model=windows),
+        "`per_device_train_batch_size=2`": partial(_trainer, options=two_rows),
+        "`ref_model` has (1, 1, 4) for num_attention_heads": partial(_trainer, "distill", ref_model=other_heads),
+        "`ref_model` computes attention by 'eager'": partial(_trainer, "distill", ref_model=eager),
+        "nowhere": partial(_trainer, "distill", ref_model=folder + "/nowhere"),
     }
 
 
@@ -133,20 +135,20 @@ CASES, SPLIT_CASES = tuple(_cases("")), tuple(_split_cases(""))
 
 
 def main(file: str) -> None:
-    os.environ["ACCELERATE_USE_CPU"] = "true"
     datasets.disable_progress_bars()
-    split, patience = "PARALLELISM_CONFIG_SP_SIZE" in os.environ, timedelta(seconds=_PATIENCE)
-    if split:
+    patience = timedelta(seconds=_PATIENCE)
+    if _SPLIT:
         import deepspeed
 
         deepspeed.init_distributed("gloo", timeout=patience)
     else:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
         dist.init_process_group("gloo", timeout=patience)
         PartialState(cpu=True)
     shared: list[Any] = [tempfile.mkdtemp()]
     dist.broadcast_object_list(shared)
     outcomes: dict[str, list[str]] = {}
-    for name, case in (_split_cases if split else _cases)(shared[0]).items():
+    for name, case in (_split_cases if _SPLIT else _cases)(shared[0]).items():
         _again()
         try:
             case()
