@@ -23,7 +23,8 @@ NATIVE = {
     "native-tp2": {"tp_size": 2},
     "native-fsdp2-tp2": {"fsdp_size": 2, "tp_size": 2},
 }
-_TIMEOUT = 540
+# Seconds after which a job counts as hung, and more of them for every cell that it runs.
+_TIMEOUT, _OF_A_CELL = 540, 10
 # A launcher passes SIGTERM on to its workers, and gives them up to 30 seconds.
 _GRACE = 40
 
@@ -174,4 +175,5 @@ def run_cells(backend: str, cells: Sequence[Cell], folder: Path) -> None:
     """Run cells one after another in one job of two processes; what came out is in `folder`."""
     save_models(folder)
     log = folder / "log.txt"
-    finish(start([*launcher(backend, folder), *script_arguments(cells, folder)], log, **variables_of(backend)), log)
+    job = start([*launcher(backend, folder), *script_arguments(cells, folder)], log, **variables_of(backend))
+    finish(job, log, _TIMEOUT + _OF_A_CELL * len(cells))
