@@ -22,6 +22,7 @@ NATIVE = {
     "native-fsdp2": {"fsdp_size": 2},
     "native-tp2": {"tp_size": 2},
     "native-fsdp2-tp2": {"fsdp_size": 2, "tp_size": 2},
+    "native-tp2-ep2": {"tp_size": 2, "ep_size": 2},
 }
 # Seconds after which a job counts as hung, and more of them for every cell that it runs.
 _TIMEOUT, _OF_A_CELL = 540, 10
