@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.name and chosen.name not in METHODS:
         raise ValueError(
-            f"`{chosen.name}` is no method{suggestion(chosen.name, METHODS)} Known: {', '.join(METHODS)}."
+            f"`{chosen.name}` is no method{suggestion(chosen.name, METHODS) or '.'} Known: {', '.join(METHODS)}."
         )
     names = [name for name, row in METHODS.items() if chosen.group in (None, row.group)]
     if chosen.json:

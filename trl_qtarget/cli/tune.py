@@ -60,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--methods", nargs="+", default=None, help="methods, asft:lam=0.03 to fix a knob, or files of configurations")
     add("--metric", default="average_at_k", help="average_at_k, greedy_accuracy, eval_target/nll, "
         "eval_mean_token_accuracy, or module:function(model, tokenizer, dataset)")  # fmt: skip
-    add("--judge", default="exact", help="of answers: exact, letter, math, or module:function(answer, text)")
+    add("--judge", default="exact", help="of answers: exact, letter, math, text, or module:function(answer, text)")
     add("--samples", type=int, default=8, help="answers to each prompt, the k of average_at_k")
     add("--temperature_of_samples", type=float, default=1.0, help="sampling temperature of average_at_k")
     add("--max_new_tokens", type=int, default=256, help="longest answer")
@@ -196,7 +196,9 @@ def make_plan(given: argparse.Namespace, recipe: dict[str, Any]) -> "Plan":
 
     for name in ("method", "trust", "residual", "scale"):
         if name in recipe:
-            raise ValueError(f"`{name}` is what is looked for: name what to try in `methods`.")
+            raise ValueError(
+                f"`{name}` is what is looked for: take it out of the recipe, and name what to try in `methods`."
+            )
     if not recipe.get("output_dir"):
         raise ValueError("`output_dir` is missing: name the folder of the study.")
     folder = Path(recipe["output_dir"])

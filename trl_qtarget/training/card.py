@@ -39,7 +39,7 @@ def target_section(target: ResolvedTarget) -> str:
     lines = [
         _HEADING,
         "",
-        f"Trained with [trl-qtarget](https://pypi.org/project/trl-qtarget/) {__version__} toward the target "
+        f"Trained with trl-qtarget {__version__} toward the target "
         "distribution `Q = γ δ(y) + (1 - γ) π̃` of each token:",
         "",
         what,
