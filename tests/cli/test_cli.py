@@ -303,6 +303,8 @@ def test_methods_explains_each(capsys, name):
 def test_wrong_names_are_suggested(capsys):
     assert cli.main(["methods", "targetsft"]) == 2
     assert "did you mean `target_sft`" in capsys.readouterr().err
+    assert cli.main(["methods", "nosuch"]) == 2
+    assert "`nosuch` is no method. Known: " in capsys.readouterr().err
     assert cli.main(["method"]) == 2
     assert "did you mean `methods`" in capsys.readouterr().err
     assert cli.main(["--version"]) == 0

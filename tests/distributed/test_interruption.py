@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cells import Cell, Result
 from interrupted import MOMENTS, Interruption
-from launch import finish, launcher, start, torchrun, variables_of
+from launch import finish, launcher, start, variables_of
 from training import worst
 
 
@@ -93,8 +93,6 @@ _SHARDED = [("lagged", "state"), ("lagged_lora", "weights"), ("base", "optimizer
 @pytest.mark.parametrize(("prior", "moment"), _SHARDED)
 def test_killed_run_resumes_sharded(prior, moment, backend, tmp_path):
     for run in runs_of([(prior, moment)], tmp_path):
-        command = torchrun() if backend == "fsdp2" else launcher("zero3-partitioned", tmp_path)[:-1]
-        if backend == "sp2-zero3":
-            command = launcher(backend, tmp_path)[:-1]
+        command = launcher("zero3-partitioned" if backend == "zero3" else backend, tmp_path)
         run_all([run], tmp_path, command, backend)
     check(tmp_path, prior, moment)

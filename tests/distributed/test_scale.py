@@ -194,10 +194,12 @@ def check(result: Result, truth: Result, cell: Cell, backend: str = "") -> float
         # Of two ranks each holds half, and by padding a little more.
         if backend == "native-fsdp2" and cell.peft:  # PEFT adds adapters when all else is sharded already
             assert share == 1
-        elif backend in NATIVE and backend != "native-fsdp2":  # norms and more are whole in either part
+        elif backend in SHARDED:
+            assert 0.5 <= share < 0.55
+        elif backend in NATIVE:  # norms and more are whole in either part
             assert (0.25 if backend == "native-fsdp2-tp2" else 0.5) <= share < 1
         else:
-            assert 0.5 <= share < 0.55 if backend in SHARDED else share == 1
+            assert share == 1
     if "zero3" in backend:
         assert result.facts["trace_complete"]
         assert result.facts["sharded_at_load"] == (cell.by_path or cell.loaded)

@@ -112,14 +112,14 @@ def _ranks(sizes: dict[str, Any]) -> int:
 
 
 def launcher(backend: str, folder: Path) -> list[str]:
-    """Command of a backend, up to and with the script that runs cells."""
+    """Command of a backend, up to the script."""
     if backend in ("ddp", "fsdp2"):
-        return [*torchrun(), str(_HERE / ("fsdp2.py" if backend == "fsdp2" else "cells.py"))]
+        return torchrun()
     if backend in NATIVE:
-        return [*torchrun(_ranks(NATIVE[backend])), str(_HERE / "cells.py")]
+        return torchrun(_ranks(NATIVE[backend]))
     pieces, zero = (2, backend.removeprefix("sp2-")) if backend.startswith("sp2-") else (1, backend)
     stage, partition = int(zero[4]), zero.endswith("partitioned")
-    return [*accelerate_launch(folder, stage, partition, pieces=pieces), str(_HERE / "cells.py")]
+    return accelerate_launch(folder, stage, partition, pieces=pieces)
 
 
 def variables_of(backend: str) -> dict[str, str]:
@@ -151,7 +151,7 @@ def end(job: subprocess.Popen) -> None:
 def outcomes_of(script: str, folder: Path, backend: str = "ddp") -> dict[str, str]:
     """What each case of a script of `tests/support` said, run by two ranks: an error, or nothing."""
     log, found = folder / "log.txt", folder / "outcomes.json"
-    finish(start([*launcher(backend, folder)[:-1], str(Path(__file__).parent / script), str(found)], log), log)
+    finish(start([*launcher(backend, folder), str(_HERE / script), str(found)], log), log)
     return json.loads(found.read_text())
 
 
@@ -176,5 +176,7 @@ def run_cells(backend: str, cells: Sequence[Cell], folder: Path) -> None:
     """Run cells one after another in one job of two processes; what came out is in `folder`."""
     save_models(folder)
     log = folder / "log.txt"
-    job = start([*launcher(backend, folder), *script_arguments(cells, folder)], log, **variables_of(backend))
+    script = str(_HERE / ("fsdp2.py" if backend == "fsdp2" else "cells.py"))
+    command = [*launcher(backend, folder), script, *script_arguments(cells, folder)]
+    job = start(command, log, **variables_of(backend))
     finish(job, log, _TIMEOUT + _OF_A_CELL * len(cells))

@@ -97,7 +97,8 @@ class FoldingKernel:
         reads_prior = objective.trust.uses_prior or objective.scale.uses_prior
         self.asked = Asked(reads_prior, objective.statistics, spared)
         # What such a design keeps leaves no room for as many columns at a time.
-        self.crowded = spared and made is not None and bool(made.mixture and objective.statistics)
+        crowded = spared and self.shares is not None and bool(objective.statistics)
+        self.group = _GROUP // 2 if crowded else _GROUP
 
     def block_tokens(self, vocabulary: int, device: torch.device) -> int:
         """Any number of tokens: nothing of the vocabulary's size is made between the passes."""
@@ -151,7 +152,8 @@ class FoldingKernel:
                     HAS_COLLISION="collision" in self.asked.statistics,
                     SPARED=self.asked.spared,
                     HAS_PRIOR_BELOW="prior_mass_below" in self.asked.statistics and prior_logits is not None,
-                    **_steps(_launch(logits), self.crowded),
+                    GROUP=self.group,
+                    **_launch(logits, self.group),
                 )
         # What is not folded looks for the label's column; a row of another label is NaN from its maximum on.
         inside = labels.clamp(0, logits.size(1) - 1) if self.looks_up else labels
@@ -219,19 +221,14 @@ class FoldingKernel:
         return len(out if rows is None else gather_rows_(out, rows))
 
 
-def _launch(logits: Tensor) -> dict[str, int | bool]:
+def _launch(logits: Tensor, group: int = _GROUP) -> dict[str, int | bool]:
+    """How a kernel is started; with a smaller `group`, as many lanes take fewer columns in a step."""
     size = logits.element_size()
     block = min(_BLOCK * 4 // size, triton.next_power_of_2(logits.size(1)))
     # All threads side by side along the lanes of a step, so that what a lane keeps is in the registers of one thread.
     warps = block * size // (_BYTES_PER_THREAD * (64 if torch.version.hip else 32))
     # Fused multiply-adds save instructions; from Triton 3.10 on they have to be asked for.
-    options = {"BLOCK": max(_GROUP, block), "num_warps": max(1, warps), "enable_fp_fusion": True}
+    options = {"BLOCK": max(_GROUP, block) // _GROUP * group, "num_warps": max(1, warps), "enable_fp_fusion": True}
     if size <= 4 and not torch.version.hip:
         options["maxnreg"] = _REGISTERS
     return options
-
-
-def _steps(launch: dict[str, int | bool], crowded: bool) -> dict[str, int | bool]:
-    """How the fold goes along a row: as `launch` says, or as many lanes with half of the columns."""
-    group = _GROUP // 2 if crowded else _GROUP
-    return launch | {"GROUP": group, "BLOCK": launch["BLOCK"] // _GROUP * group}
