@@ -51,6 +51,8 @@ def _of_device(results: dict[str, list[Row]]) -> list[str]:
         return []
     writers = {"head": _head, "memory": _memory, "sweep": _sweep, "step": _step, "statistics": _statistics}
     parts = [part for name, write in writers.items() for part in write(results.get(name, []))]
+    dates = sorted({row["date"] for name in writers for row in results.get(name, [])})
+    parts.append(f"The rows, and the code that they are of, have the dates {' and '.join(dates)}.")
     if results["head"][0]["device"] == "cpu":
         parts.append(
             "Part of TRL's distance on a CPU is that its Triton kernels fall back to plain torch there, so these "

@@ -12,11 +12,14 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 COMPARISON = ROOT / "method_comparison"
 REAL = COMPARISON / "real"
+# Pages of the site, and what they are made of.
+PAGES = {"comparison.md": "method_comparison/README.md", "comparison_real.md": "method_comparison/real/README.md"}
 
 
 def on_files(files: Any, config: Any) -> Any:
     """The pages of the comparison and their figures, where its results are."""
-    for name, page in (("comparison.md", COMPARISON / "README.md"), ("comparison_real.md", REAL / "README.md")):
+    for name, source in PAGES.items():
+        page = ROOT / source
         text = page.read_text(encoding="utf-8") if page.is_file() else "# The comparison\n\nNot run yet."
         text = text.replace("[results](results)", "`method_comparison/results`")
         text = text.replace("](real/README.md)", "](comparison_real.md)").replace(
@@ -29,8 +32,11 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Leave of links to files outside the documentation only their text."""
-    outside = re.escape("../" * (page.file.src_uri.count("/") + 1))
+    """Lead links to the comparison to its page, and leave of those to other files outside only their text."""
+    depth = page.file.src_uri.count("/")
+    for name, source in PAGES.items():
+        markdown = markdown.replace(f"]({'../' * (depth + 1)}{source})", f"]({'../' * depth}{name})")
+    outside = re.escape("../" * (depth + 1))
     return re.sub(rf"\[([^\]]+)\]\({outside}(?!\.\./)[^)]+\)", r"\1", markdown)
 
 

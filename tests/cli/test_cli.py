@@ -21,9 +21,10 @@ from trl.scripts.utils import DatasetConfig
 
 from trl_qtarget import METHODS, QTargetConfig, QTargetSFTTrainer, __version__, cli
 from trl_qtarget.cli.data import load_data, split_of
-from trl_qtarget.cli.launch import with_accelerate_config
+from trl_qtarget.cli.launch import check, with_accelerate_config
 from trl_qtarget.cli.methods import describe
-from trl_qtarget.cli.sft import ReferenceArguments, load_reference, make_parser, names_method
+from trl_qtarget.cli.models import ReferenceArguments, load_reference
+from trl_qtarget.cli.sft import make_parser, names_method
 
 
 ROWS = [
@@ -141,6 +142,22 @@ def test_two_processes_give_the_weights_of_one(folder, backend):
     _same(two, one, tolerance=2e-6)
 
 
+def test_one_process_on_the_cpu_has_all_cores(folder, monkeypatch):
+    """Accelerate would give it one."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 6)
+    option, recipe = "--num_cpu_threads_per_process", str(_recipe(folder, "cores"))
+
+    def job(*words: str) -> list[str]:
+        return check(["--config", recipe, *words]).job
+
+    words = job("--num_processes", "1")
+    assert words[words.index(option) + 1] == "6" and words.index(option) < words.index("--module")
+    assert option not in job("--num_processes", "2") and job(option, "3").count(option) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert option not in job("--num_processes", "1")
+
+
 def test_ref_model_loads_as_asked(tmp_path):
     pytest.importorskip("bitsandbytes")
     quantized.wide().save_pretrained(tmp_path)
@@ -166,6 +183,7 @@ def _refused(capsys, *arguments: str) -> str:
     ("arguments", "message"),
     [
         (["--lamm", "0.2"], "`--lamm` is no option: did you mean `--lam`"),
+        (["--lr", "1e-4"], "`--lr` is no option: did you mean `--learning_rate`?"),
         (
             ["--learning_rat", "1", "--num_proceses", "2"],
             "`--num_proceses` is no option: did you mean `--num_processes`",

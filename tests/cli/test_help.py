@@ -10,10 +10,16 @@ from accelerate.commands.launch import launch_command_parser
 
 from trl_qtarget import QTargetConfig, cli
 from trl_qtarget.cli import short_help
-from trl_qtarget.cli.sft import ReferenceArguments, RunArguments, make_parser
+from trl_qtarget.cli.cache import CacheArguments
+from trl_qtarget.cli.inspect import InspectArguments
+from trl_qtarget.cli.models import ReferenceArguments
+from trl_qtarget.cli.sft import RunArguments, make_parser
 
 
-@pytest.mark.parametrize("words", [["--help"], ["sft", "--help"], ["--version"], ["dtf"]], ids=" ".join)
+HELP_AT_ONCE = [["--help"], ["--version"], ["dtf"], *([name, "--help"] for name in cli.SHORT_HELP)]
+
+
+@pytest.mark.parametrize("words", HELP_AT_ONCE, ids=" ".join)
 def test_help_imports_nothing_heavy(words):
     """Half a second is what this takes where torch takes two."""
     code = f"""
@@ -46,13 +52,28 @@ def test_help_of_training_is_grouped_with_the_target_first(capsys):
     assert len(set(named)) == len(named)
 
 
-def test_help_says_of_our_options_what_the_parser_says():
-    """TRL's words may differ between its versions. `python -m trl_qtarget.cli.short_help` writes the text."""
-    text = " ".join(short_help.FILE.read_text(encoding="utf-8").split())
-    made = " ".join(short_help.render().split())
+@pytest.mark.parametrize("name", cli.SHORT_HELP)
+def test_help_says_of_our_options_what_the_parser_says(name):
+    """TRL's words may differ between its versions. `python -m trl_qtarget.cli.short_help` writes the texts."""
+    text = " ".join((short_help.FOLDER / cli.SHORT_HELP[name]).read_text(encoding="utf-8").split())
+    made = " ".join(short_help.render(name).split())
     assert text.partition(" model: ")[0] == made.partition(" model: ")[0]
-    for kind in (QTargetConfig, ReferenceArguments, RunArguments):
-        assert all(f" --{item.name} " in text for item in fields(kind) if item.name != "_")
+
+
+OURS = {
+    "sft": (QTargetConfig, ReferenceArguments, RunArguments),
+    "inspect": (InspectArguments,),
+    "cache": (CacheArguments,),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_help_names_all_that_is_ours(name, capsys):
+    assert cli.main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    for kind in OURS[name]:
+        assert all(f"\n  --{item.name}" in text for item in fields(kind) if item.name != "_")
+    assert len(text.splitlines()) < 120 and max(map(len, text.splitlines())) <= 119
 
 
 def test_all_arguments_are_listed_where_they_are_asked_for(capsys):
@@ -60,6 +81,8 @@ def test_all_arguments_are_listed_where_they_are_asked_for(capsys):
         cli.main(["sft", "--help_all"])
     text = capsys.readouterr().out
     assert "--lam" in text and "--weight_decay" in text
+    assert cli.main(["tune", "--help"]) == 0
+    assert "--finalists" in capsys.readouterr().out
 
 
 def test_overview_has_an_example(capsys):

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from trl_qtarget import METHODS, QTargetConfig, cli
 from trl_qtarget.cli import launch
+from trl_qtarget.cli.models import ReferenceArguments
 from trl_qtarget.cli.options import read_method
 from trl_qtarget.cli.recipe import read_recipe
-from trl_qtarget.cli.sft import ReferenceArguments, make_parser, names_method
+from trl_qtarget.cli.sft import make_parser, names_method
 
 
 GIVEN = ["--use_cpu", "--bf16", "False", "--output_dir", "never"]

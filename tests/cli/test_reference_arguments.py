@@ -9,7 +9,7 @@ import torch
 from training import sft_config
 from transformers import AutoModelForCausalLM
 
-from trl_qtarget.cli.sft import ReferenceArguments, load_reference
+from trl_qtarget.cli.models import ReferenceArguments, load_reference
 
 
 @pytest.fixture

@@ -83,4 +83,4 @@ def test_every_design_is_named(shelf):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", page.read_text()):
-        assert (page.parent / target).exists() or target.endswith("comparison.md"), f"{page.name}: {target}"
+        assert (page.parent / target).exists(), f"{page.name}: {target}"

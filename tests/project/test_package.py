@@ -105,7 +105,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     page = (ROOT / "trl_qtarget" / "inspection").glob("*.*")
     files = {str(path.relative_to(ROOT)) for path in page if path.suffix in (".html", ".css", ".js")}
     assert len(files) == 5
-    files |= {"trl_qtarget/py.typed", "trl_qtarget/cli/sft_help.txt", "trl_qtarget/cli/sequence_parallel.yaml"}
+    files |= {f"trl_qtarget/cli/help/{name}.txt" for name in ("sft", "tune", "cache", "inspect")}
+    files |= {"trl_qtarget/py.typed", "trl_qtarget/cli/sequence_parallel.yaml"}
     examples = {name.removeprefix("trl_qtarget/_") for name in names if name.startswith("trl_qtarget/_examples/")}
     held = {name for name in names if ".dist-info/" not in name and "/_examples/" not in name}
     assert modules | files == held

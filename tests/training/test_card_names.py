@@ -10,7 +10,7 @@ from trl_qtarget import QTargetConfig
 from trl_qtarget.priors.resolved import ResolvedTarget
 from trl_qtarget.target.residual import RESIDUALS
 from trl_qtarget.target.trust import TRUSTS
-from trl_qtarget.training.card import add_target, code, target_section
+from trl_qtarget.training.card import add_names, add_target, code, target_section
 
 
 markdown_it = pytest.importorskip("markdown_it")
@@ -107,3 +107,20 @@ def test_heading_in_a_name_does_not_move_the_section(tmp_path):
     text = card.read_text()
     assert text.startswith("# Model Card for ### Framework versions\n\ntext\n\n### Training target\n")
     assert text.endswith("\n\n### Framework versions\n\n- TRL: 1\n")
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_of_folders_and_bases_stay_in_their_place(name, tmp_path):
+    written = (
+        "---\n---\n\n# Model Card for None\n\nThis is a version of [None](https://huggingface.co/None).\n\n"
+        '```python\ngenerator = pipeline("text-generation", model="None", device_map="auto")\n```\n'
+    )
+    texts = []
+    for folder, base in ((tmp_path / "out", "teacher"), (name.replace("\0", "").replace("\ud800", ""), name)):
+        card = tmp_path / "README.md"
+        card.write_text(written, encoding="utf-8")
+        add_names(card, str(folder), base)
+        texts.append(card.read_text(encoding="utf-8"))
+    assert texts[0].startswith("---\n---\n\n# Model Card for out\n\nThis is a version of `teacher`.")
+    assert 'model="out"' in texts[0] and "None" not in texts[0] + texts[1]
+    assert structure(texts[0])[0] == structure(texts[1])[0]

@@ -116,7 +116,8 @@ def test_default_run_says_dft_everywhere(tmp_path, logged):
         assert QTargetConfig.from_pretrained(folder) == QTargetConfig("dft")
     card = (output / "README.md").read_text()
     assert "`dft` (Dynamic Fine-Tuning)" in card and '"method": "dft"' in card and __version__ in card
-    assert str(tmp_path) not in card
+    assert str(tmp_path) not in card and "None" not in card.partition("### Training target")[0]
+    assert "# Model Card for out\n" in card and "a fine-tuned version of `policy`" in card and 'model="out"' in card
     assert any("Target: `method='dft'` (asked for: `method='target_sft'`)" in line for line in logged())
     # Trackers ask for the arguments; a checkpoint holds them as they were.
     events = EventAccumulator(str(next(output.rglob("events.out.*")).parent)).Reload()

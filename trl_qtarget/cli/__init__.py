@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ..target.shown import nearest
 from .errors import is_mistake, say, take_debug, write_anywhere
+from .noise import quiet
 
 
 # Name: (module, what it does). A module is imported when its command is called, for some of them take seconds.
@@ -20,8 +21,8 @@ COMMANDS = {
     "methods": ("methods", "list the published objectives, or explain one"),
     "recipes": ("recipes", "list the recipes and examples, or copy some of them"),
 }
-# Whose arguments are hundreds, most of them TRL's, and cost seconds to collect: text that tests hold to the parser.
-SHORT_HELP = {"sft": "sft_help.txt"}
+# Commands that take TRL's arguments, which are hundreds and cost seconds to collect: texts that tests hold to parsers.
+SHORT_HELP = {"sft": "help/sft.txt", "tune": "help/tune.txt", "cache": "help/cache.txt", "inspect": "help/inspect.txt"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     arguments = ["--help" if item == "--help_all" else item for item in arguments]
     try:
-        return importlib.import_module(f".{COMMANDS[name][0]}", __name__).main(arguments)
+        with quiet():
+            return importlib.import_module(f".{COMMANDS[name][0]}", __name__).main(arguments)
     except KeyboardInterrupt:
         sys.stderr.write(f"trl-qtarget {name}: interrupted.\n")
         return 128 + signal.SIGINT

@@ -16,9 +16,10 @@ from ..training.caching import write_cache
 from ..training.data import kept_by_truncation
 from .device import cpu_words
 from .errors import say
+from .models import check_named
 from .options import check_known, refuse
 from .recipe import Parser, names_given, separated
-from .sft import NO_GPU, RECIPE, check_model, make_trainer
+from .sft import NO_GPU, RECIPE, make_trainer
 
 
 @dataclass
@@ -33,6 +34,13 @@ class CacheArguments:
         },
     )
     k: int = field(default=64, metadata={"help": "Tokens of the form 'top_k'."})
+    prompt_logprobs: str | None = field(
+        default=None,
+        metadata={
+            "help": "In place of a dataset: what an engine such as vLLM has listed, as JSON lines. No model runs; "
+            "beside it stand both models, output_dir and k, on the command line."
+        },
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -57,11 +65,13 @@ def main(arguments: Sequence[str]) -> int:
     check_known(left, [], parser._option_string_actions)
     if left:
         raise ValueError(f"`{left[0]}` belongs to no option: remove it.")
+    if wanted.prompt_logprobs is not None:
+        raise ValueError("`prompt_logprobs` stands in no recipe: name it on the command line.")
     if not any(item.partition("=")[0] == "--output_dir" for item in arguments):
         raise ValueError(
             "`--output_dir` is missing: name the folder of the cache, which is another one than that of the training."
         )
-    check_model(model)
+    check_named(model, reference)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_qtarget").setLevel(logging.INFO)
 

@@ -1,5 +1,6 @@
 """Without an accelerator, training and inspection run on the CPU."""
 
+import os
 from collections.abc import Container
 
 import torch
@@ -18,3 +19,10 @@ def cpu_words(given: Container[str]) -> list[str]:
     if torch.accelerator.is_available() or "use_cpu" in given:
         return []
     return [word for name, value in ON_CPU.items() for word in (f"--{name}", value)]
+
+
+def threads_each(processes: int) -> int | None:
+    """Threads for each of some processes on the CPU, so that all cores work; None where the user has said it."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return None
+    return max(1, torch.get_num_threads() // processes)

@@ -27,15 +27,10 @@ from ..training.resolve import resolve_config
 from .data import check_format, load_data, split_of
 from .device import ON_CPU
 from .errors import check_installed
+from .models import check_extras, check_named, init_kwargs, load_reference
 from .options import check_known, read_method
 from .recipe import Parser, separated
-from .sft import (
-    RECIPE,
-    check_extras,
-    init_kwargs,
-    load_reference,
-    target_of,
-)
+from .sft import RECIPE, target_of
 
 
 logger = logging.getLogger(__name__)
@@ -118,8 +113,6 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"`{left[0]}` belongs to no option: remove it.")
     if reference.prior_cache is not None:
         raise ValueError("`prior_cache` is read in training alone: name the model, with `ref_model_name_or_path`.")
-    if model.model_name_or_path is None:
-        raise ValueError("`model_name_or_path` is missing: name the model to inspect.")
     check_extras(model, reference)
     every = wanted.methods == [ALL]
     if wanted.methods is None:
@@ -130,6 +123,7 @@ def main(arguments: Sequence[str]) -> int:
     if wanted.map:
         check_path(Path(wanted.map))
         check_installed("matplotlib", "plot", "map")
+    check_named(model, reference, "inspect")
     training.loss_type = "nll"  # `dft` is a target, which is among the methods by now if it is wanted
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_qtarget").setLevel(logging.INFO)
@@ -145,6 +139,7 @@ def main(arguments: Sequence[str]) -> int:
         rows = rows.shuffle(seed=wanted.sample_seed)
     rows = rows.take(wanted.examples) if stream else rows.select(range(min(wanted.examples, len(rows))))
     policy, ref_model = _load_policy(model, training), load_reference(reference, training)
+    training.model_init_kwargs = None  # which have done their work, and TRL would say that it ignores them
     if every:
         configs = _all_of(policy, ref_model)
     data = inspect_target(

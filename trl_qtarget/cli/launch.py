@@ -9,26 +9,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command_parser
 from trl import SFTConfig
 
 from ..training.resolve import resolve_config
 from .data import check_data
-from .device import cpu_words
+from .device import cpu_words, threads_each
 from .errors import check_installed, one_launch, say
-from .noise import quiet
+from .models import check_extras, check_named
 from .options import check_known, refuse, suggestion
 from .recipe import names_given, separated
-from .sft import (
-    NO_GPU,
-    check_extras,
-    check_model,
-    checkpoint_of,
-    interrupted,
-    make_parser,
-    resolved_target,
-    target_of,
-)
+from .sft import NO_GPU, checkpoint_of, interrupted, make_parser, resolved_target, target_of
 from .supervise import run
 
 
@@ -83,10 +75,7 @@ def check(arguments: Sequence[str]) -> Checked:
     arguments = [*arguments, *on_cpu]
     parser = make_parser("trl-qtarget sft")
     # Made here only to be checked: a mistake should not cost the start of eight processes.
-    with quiet():
-        parsed = parser.parse_args_and_config(
-            arguments, return_remaining_strings=True, separate_remaining_strings=True
-        )
+    parsed = parser.parse_args_and_config(arguments, return_remaining_strings=True, separate_remaining_strings=True)
     script, training, model, mixture, target, reference, going_on, of_config, of_command = parsed
     launcher = launch_command_parser()
     launcher.error = refuse
@@ -99,14 +88,25 @@ def check(arguments: Sequence[str]) -> Checked:
     launched = launcher.parse_args([*launch_arguments, "--module", SCRIPT, *script_arguments])
     if launched.training_script != SCRIPT:
         raise ValueError(f"`{launched.training_script}` belongs to no option: remove it, or put its option before it.")
+    if training.use_cpu:
+        launch_arguments += _all_cores(launched)
     check_extras(model, reference)
     if _uses_deepspeed(launched, training):
         check_installed("deepspeed", "deepspeed", "deepspeed")
     checkpoint_of(training, resolved_target(config, model, reference), going_on.allow_new_target)
     check_data(script, mixture)
-    check_model(model)
+    check_named(model, reference)
     job = [sys.executable, "-m", JOB, *launch_arguments, "--module", SCRIPT, *script_arguments]
     return Checked(job, bool(on_cpu), training.output_dir)
+
+
+def _all_cores(launched: Any) -> list[str]:
+    """The option of the launcher by which one process on the CPU has all cores: by itself it gives it a single one."""
+    alone = launched.num_processes == 1 or (launched.num_processes is None and not os.path.isfile(default_config_file))
+    if not alone or launched.config_file is not None or launched.num_cpu_threads_per_process is not None:
+        return []
+    threads = threads_each(1)
+    return [] if threads is None else ["--num_cpu_threads_per_process", str(threads)]
 
 
 def _uses_deepspeed(launched: Any, training: SFTConfig) -> bool:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 def quiet() -> Iterator[None]:
     """Silence the following, and nothing else.
 
-    - That `gradient_checkpointing` is an old name: TRL's own `SFTConfig` sets it, whatever the user has written.
+    - That `gradient_checkpointing` and `is_gradient_checkpointing` are old names: TRL's own `SFTConfig` sets the one,
+      whatever the user has written, and PEFT asks for the other.
     - DeepSpeed's word that there is no GPU, which ours says too, where DeepSpeed is installed and not used.
     - Progress bars of `datasets` on every rank but the first.
     """
@@ -25,7 +26,7 @@ def quiet() -> Iterator[None]:
         disable_progress_bars()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
             yield
     finally:
         logger.removeFilter(_other_than_no_gpu)

@@ -11,14 +11,33 @@ from ..target.methods import METHODS
 from ..target.shown import nearest
 
 
+# What people write who come from other programs; no spelling leads from these to the right ones.
+_USUAL = {
+    "--lr": "--learning_rate",
+    "--epochs": "--num_train_epochs",
+    "--num_epochs": "--num_train_epochs",
+    "--batch_size": "--per_device_train_batch_size",
+    "--model": "--model_name_or_path",
+    "--model_name": "--model_name_or_path",
+    "--dataset": "--dataset_name",
+    "--teacher": "--ref_model_name_or_path",
+    "--ref_model": "--ref_model_name_or_path",
+}
+
+
 def refuse(message: str) -> NoReturn:
     """What `argparse` says instead of printing all options and leaving: `argument --lam: ...`."""
+    if found := re.match(r"ambiguous option: (--\w+)\S* could match (.*)", message):
+        name, could = found[1], [f"`{each}`" for each in found[2].split(", ") if "-" not in each[2:]]
+        hint = suggestion(name, _USUAL.values()) if name in _USUAL else f": did you mean one of {', '.join(could)}?"
+        raise ValueError(f"`{name}` is no option{hint}")
     raise ValueError(re.sub(r"^argument (--\w+)[^:]*:", r"`\1`:", message))
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     """`: did you mean ...?` with the nearest known names; empty if none is near."""
-    near = nearest(name, known, most=3)
+    known, usual = list(known), _USUAL.get(name)
+    near = [f"`{usual}`"] if usual in known else nearest(name, known, most=3)
     return f": did you mean {' or '.join(near)}?" if near else ""
 
 

@@ -9,10 +9,10 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import BitsAndBytesConfig, PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -24,8 +24,6 @@ from trl import (
 
 from ..lock import one_run_in
 from ..priors.choice import PolicyFacts, choose_prior
-from ..priors.loading import reference_options
-from ..priors.reference import load_model
 from ..priors.resolved import ResolvedTarget
 from ..priors.store import PriorCache
 from ..target.config import QTargetConfig
@@ -34,59 +32,13 @@ from ..training.resolve import resolve_config
 from ..training.trainer import QTargetSFTTrainer
 from .data import check_format, load_data, split_of
 from .device import cpu_words
-from .errors import check_installed, in_launch, is_mistake, say, take_debug, write_anywhere
+from .errors import in_launch, is_mistake, say, take_debug, write_anywhere
+from .models import ReferenceArguments, check_extras, check_named, init_kwargs, load_reference
 from .noise import quiet
 from .recipe import Parser, names_given, recipe_of, separated
 
 
 NO_GPU = "no GPU was found: this runs on the CPU."
-
-
-@dataclass
-class ReferenceArguments:
-    """A reference model or teacher and how to load it, or what one has said before."""
-
-    ref_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Reference model or teacher: path or hub id. It must have the policy's tokenizer."},
-    )
-    ref_model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the reference model."})
-    ref_dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Data type of the reference model's weights. None: the policy's.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
-    )
-    ref_load_in_4bit: bool = field(default=False, metadata={"help": "Load the reference model in 4 bits (NF4)."})
-    ref_load_in_8bit: bool = field(default=False, metadata={"help": "Load the reference model in 8 bits."})
-    ref_attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention of the reference model. None: the policy's."}
-    )
-    ref_trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run code of the reference model's repository. The policy's `trust_remote_code` does not."},
-    )
-
-    prior_cache: str | None = field(
-        default=None,
-        metadata={"help": "In place of a reference model: a folder that `trl-qtarget cache` has written."},
-    )
-
-    def __post_init__(self):
-        for item in fields(self):
-            value, switch = getattr(self, item.name), isinstance(item.default, bool)
-            if not isinstance(value, bool if switch else str | None):
-                wanted = "true or false" if switch else "a string"
-                raise ValueError(f"`{item.name}` must be {wanted}, got `{type(value).__name__}`.")
-        if self.ref_load_in_4bit and self.ref_load_in_8bit:
-            raise ValueError("`ref_load_in_4bit` and `ref_load_in_8bit` exclude each other: set one of them.")
-        given = [name for name in vars(self) if getattr(self, name) != type(self).__dataclass_fields__[name].default]
-        given = [name for name in given if name != "prior_cache"]
-        if given and self.ref_model_name_or_path is None:
-            raise ValueError(
-                f"`{given[0]}` says how to load a reference model: name it with `ref_model_name_or_path`."
-            )
 
 
 @dataclass
@@ -137,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
             # First of all: two runs in a folder would also choose its checkpoints over each other.
             held.enter_context(one_run_in(training.output_dir))
             config = resolve_config(target_of(arguments, target), training)
-            check_model(model)
+            check_named(model, reference)
             check_extras(model, reference)
             checkpoint = checkpoint_of(training, resolved_target(config, model, reference), run.allow_new_target)
             trainer = make_trainer(script, training, model, mixture, config, reference)
@@ -209,22 +161,6 @@ def make_trainer(
     )
 
 
-def check_model(model: ModelConfig) -> None:
-    """Raise unless a model is named."""
-    if model.model_name_or_path is None:
-        raise ValueError("`model_name_or_path` is missing: name the model to train.")
-
-
-def check_extras(model: ModelConfig, reference: ReferenceArguments) -> None:
-    """Raise where an argument needs a package that is not installed."""
-    if model.use_peft:
-        check_installed("peft", "peft", "use_peft")
-    for arguments in (model, reference):
-        for name in ("load_in_4bit", "load_in_8bit", "ref_load_in_4bit", "ref_load_in_8bit"):
-            if getattr(arguments, name, False):
-                check_installed("bitsandbytes", "quantization", name)
-
-
 def resolved_target(config: QTargetConfig, model: ModelConfig, reference: ReferenceArguments) -> ResolvedTarget:
     """What will be trained toward, which is known before anything is loaded.
 
@@ -254,16 +190,6 @@ def checkpoint_of(training: SFTConfig, target: ResolvedTarget, allow_new_target:
     return checkpoint
 
 
-def init_kwargs(model: ModelConfig, training: SFTConfig) -> dict[str, Any]:
-    """How the policy is loaded."""
-    return {
-        "revision": model.model_revision,
-        "trust_remote_code": training.trust_remote_code,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-    }
-
-
 def target_of(arguments: Sequence[str], target: QTargetConfig) -> QTargetConfig | None:
     """The target that was asked for; None without a word about it: then TRL's own `loss_type` may name one."""
     return target if target != QTargetConfig() or names_method(arguments) else None
@@ -273,34 +199,6 @@ def names_method(arguments: Sequence[str]) -> bool:
     """Whether the command line or its YAML file names a method, be it the default one."""
     arguments = separated(arguments)
     return any(item.partition("=")[0] == "--method" for item in arguments) or "method" in recipe_of(arguments)
-
-
-# --- reference model ---
-
-
-def load_reference(reference: ReferenceArguments, training: SFTConfig) -> PreTrainedModel | None:
-    """The reference model with its own options; precision, placement and attention are the policy's if not given."""
-    if reference.ref_model_name_or_path is None:
-        return None
-    options = reference_options(training.model_init_kwargs, trust_remote_code=reference.ref_trust_remote_code)
-    options["revision"] = reference.ref_model_revision
-    if training.world_size > 1:
-        options["device_map"] = None  # each process places it itself
-    if reference.ref_dtype:
-        options["dtype"] = reference.ref_dtype
-    if reference.ref_attn_implementation:
-        options["attn_implementation"] = reference.ref_attn_implementation
-    if reference.ref_load_in_4bit:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=_compute_dtype(options.get("dtype"))
-        )
-    elif reference.ref_load_in_8bit:
-        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    return load_model(reference.ref_model_name_or_path, options)
-
-
-def _compute_dtype(dtype: str | None) -> str:
-    return "bfloat16" if dtype in (None, "auto") else dtype
 
 
 if __name__ == "__main__":

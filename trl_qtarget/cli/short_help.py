@@ -1,20 +1,28 @@
-"""The text of `trl-qtarget sft --help`, made beforehand: to collect TRL's arguments takes seconds.
+"""The texts of `--help` of the commands that take TRL's arguments, made beforehand: to collect these takes seconds.
 
-`python -m trl_qtarget.cli.short_help` writes it anew; a test holds it to the parser.
+`python -m trl_qtarget.cli.short_help` writes them anew; a test holds them to the parsers.
 """
 
 import re
 import textwrap
-from dataclasses import fields
+from argparse import ArgumentParser
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ..target.config import QTargetConfig
-from .sft import ReferenceArguments, RunArguments, make_parser
+from . import SHORT_HELP
+from .cache import CacheArguments
+from .inspect import InspectArguments
+from .models import ReferenceArguments
+from .recipe import Parser
+from .sft import RECIPE, RunArguments, make_parser
+from .tune import make_parser as make_tune_parser
 
 
-FILE = Path(__file__).with_name("sft_help.txt")
-_EXAMPLE = """\
+FOLDER = Path(__file__).parent
+
+_SFT = """\
 usage: trl-qtarget sft --model_name_or_path MODEL --dataset_name DATASET --output_dir FOLDER [OPTION ...]
 
 Fine-tune a model toward a target. Every argument of `trl sft` is taken too: `--help_all` lists all of them, with those
@@ -24,47 +32,66 @@ example:
   trl-qtarget sft --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara --method asft --lam 0.05 \\
       --use_peft --learning_rate 1e-4 --max_steps 200 --output_dir out
 """
-_OURS = {
-    "the target": QTargetConfig,
-    "reference model or teacher": ReferenceArguments,
-}
-_THEIRS = {
-    "model": ("model_name_or_path", "dtype", "attn_implementation", "use_peft", "lora_r", "load_in_4bit"),
-    "data": (
-        "dataset_name",
-        "dataset_train_split",
-        "dataset_test_split",
-        "test_split_size",
-        "dataset_streaming",
-        "max_length",
-        "packing",
-        "completion_only_loss",
-        "assistant_only_loss",
-    ),
-    "training": (
-        "output_dir",
-        "learning_rate",
-        "num_train_epochs",
-        "max_steps",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "eval_strategy",
-        "logging_steps",
-        "save_steps",
-        "report_to",
-        "seed",
-        "use_cpu",
-        "resume_from_checkpoint",
-    ),
-}
+_INSPECT = """\
+usage: trl-qtarget inspect --model_name_or_path MODEL --dataset_name DATASET [OPTION ...]
+
+Write a page that shows, token by token on your own examples, what each method would teach. Nothing is trained. Every
+argument of `trl-qtarget sft` is taken too, so that a training's recipe can be inspected: `--help_all` lists all.
+
+example:
+  trl-qtarget inspect --model_name_or_path Qwen/Qwen3-0.6B --dataset_name trl-lib/Capybara \\
+      --methods sft dft asft:lam=0.05 --examples 20 --output inspection.html
+"""
+_CACHE = """\
+usage: trl-qtarget cache --model_name_or_path MODEL --dataset_name DATASET --output_dir FOLDER [OPTION ...]
+
+Run a teacher, or the base, once over a dataset, and keep what it says of every label. Trainings read it by
+`trl-qtarget sft --prior_cache FOLDER`. Every argument of `trl-qtarget sft` is taken too: `--help_all` lists all. The
+same command goes on with a cache that is not whole.
+
+example:
+  trl-qtarget cache --model_name_or_path Qwen/Qwen3-0.6B --ref_model_name_or_path Qwen/Qwen3-8B --ref_load_in_4bit \\
+      --dataset_name trl-lib/Capybara --form top_k --k 64 --output_dir cache
+"""
+_TUNE = """\
+usage: trl-qtarget tune --config RECIPE --methods METHOD [METHOD ...] --output_dir FOLDER [OPTION ...]
+
+Train toward several targets, each tuned with the same number of trials, confirm the best beside plain SFT with fresh
+seeds on prompts that the search never saw, and say which to take. Every argument of `trl-qtarget sft` is taken too
+(`trl-qtarget sft --help`), and a recipe may hold those below. The same command goes on with an interrupted study.
+
+example:
+  trl-qtarget tune --config recipe.yaml --methods dft asft target_sft --problems problems.jsonl --budget 6h \\
+      --output_dir study
+"""
+
+_TARGET = "the target (what is left out has the default of the method: `trl-qtarget methods NAME`)"
+_REFERENCE = "reference model or teacher"
+_DEBUG = {"debug": "Show the traceback of an error.", "help_all": "All arguments."}
+_RECIPE_FILE = "YAML file of arguments by name. The command line wins."
 _LAUNCH = {
     "config": "YAML file of arguments by name, those of the launch among them. The command line wins.",
     "accelerate_config": "Launch by this configuration of Accelerate: a file, multi_gpu, zero1, zero2, zero3, fsdp2, "
     "or sequence_parallel, which splits long sequences over the processes.",
     "num_processes": "Processes in all, one for each GPU. Every other option of `accelerate launch` is taken too.",
-    "debug": "Show the traceback of an error.",
-    "help_all": "All arguments.",
+    **_DEBUG,
 }
+_DATA = ("dataset_name", "dataset_train_split", "max_length", "completion_only_loss", "assistant_only_loss")
+_TRAINING = (
+    "output_dir",
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "eval_strategy",
+    "logging_steps",
+    "save_steps",
+    "report_to",
+    "seed",
+    "use_cpu",
+    "resume_from_checkpoint",
+)
 # What holds here, where TRL's words say something else.
 _OWN_WORDS = {
     "resume_from_checkpoint": "Folder of a checkpoint to go on from; `true` is the last whole one in output_dir.",
@@ -75,23 +102,107 @@ _OWN_WORDS = {
 }
 
 
-def render() -> str:
-    """The text, from the parser of `trl-qtarget sft`."""
-    actions = make_parser("trl-qtarget sft")._option_string_actions
-    sections = [_EXAMPLE]
-    for title, kind in _OURS.items():
-        names = [item.name for item in fields(kind) if item.name != "_"]
-        known = {name: _help(actions[f"--{name}"]) for name in names}
-        if kind is QTargetConfig:
-            title += " (what is left out has the default of the method: `trl-qtarget methods NAME`)"
-        sections.append(_section(title, known))
-    sections.append(_section("launch", _LAUNCH))
-    for title, names in _THEIRS.items():
-        known = {name: _OWN_WORDS.get(name) or _help(actions[f"--{name}"]) for name in names}
-        if title == "training":
-            known |= {item.name: _help(actions[f"--{item.name}"]) for item in fields(RunArguments)}
-        sections.append(_section(title, known))
-    return "\n".join(sections)
+@dataclass(frozen=True)
+class _Page:
+    """A text of `--help`.
+
+    Attributes:
+        opening: usage, what the command does, and an example.
+        parser: of the command.
+        sections: by title; names of arguments, classes of them, or arguments with their text.
+        own_words: of arguments that mean something else here than in a training.
+    """
+
+    opening: str
+    parser: ArgumentParser
+    sections: dict[str, tuple[Any, ...]]
+    own_words: dict[str, str]
+
+
+def _pages() -> dict[str, _Page]:
+    sft = _Page(
+        _SFT,
+        make_parser("trl-qtarget sft"),
+        {
+            _TARGET: (QTargetConfig,),
+            _REFERENCE: (ReferenceArguments,),
+            "launch": (_LAUNCH,),
+            "model": ("model_name_or_path", "dtype", "attn_implementation", "use_peft", "lora_r", "load_in_4bit"),
+            "data": (
+                *_DATA[:2],
+                "dataset_test_split",
+                "test_split_size",
+                "dataset_streaming",
+                "max_length",
+                "packing",
+                *_DATA[3:],
+            ),
+            "training": (*_TRAINING, RunArguments),
+        },
+        _OWN_WORDS,
+    )
+    inspect = _Page(
+        _INSPECT,
+        Parser((InspectArguments, *RECIPE), prog="trl-qtarget inspect"),
+        {
+            "the page": (InspectArguments,),
+            "the target, where `--methods` is not given (its knobs: `trl-qtarget sft --help`)": ("method",),
+            _REFERENCE: ([name for name in _names(ReferenceArguments) if name != "prior_cache"],),
+            "recipe": ({"config": _RECIPE_FILE} | _DEBUG,),
+            "model": ("model_name_or_path", "dtype", "attn_implementation", "load_in_4bit"),
+            "data": _DATA,
+        },
+        _OWN_WORDS | {"model_name_or_path": "Model to inspect, adapters too: path or hub id."},
+    )
+    cache = _Page(
+        _CACHE,
+        Parser((CacheArguments, *RECIPE), prog="trl-qtarget cache"),
+        {
+            "the cache": ({"output_dir": "Its folder, which is another one than the training's."}, CacheArguments),
+            "the teacher (none: the base under adapters with `--use_peft`, else the model as it is)": (
+                [name for name in _names(ReferenceArguments) if name != "prior_cache"],
+            ),
+            "recipe": ({"config": _RECIPE_FILE} | _DEBUG,),
+            "model": ("model_name_or_path", "dtype", "attn_implementation", "use_peft", "load_in_4bit"),
+            "data": (*_DATA, "packing", "per_device_eval_batch_size", "use_cpu"),
+        },
+        _OWN_WORDS
+        | {
+            "model_name_or_path": "Model that will be trained, for its tokens; it runs where there is no teacher.",
+            "max_length": "As in the training: what it, or packing, cuts off there is not kept.",
+            "packing": "As in the training.",
+            "per_device_eval_batch_size": "Examples read at a time.",
+            "use_cpu": "Run on the CPU, which happens by itself where there is no GPU.",
+        },
+    )
+    parser = make_tune_parser()
+    own = [action.dest for action in parser._actions if action.dest != "help"]
+    tune = _Page(
+        _TUNE, parser, {"the study": (own,), "recipe": ({"config": _RECIPE_FILE} | {"debug": _DEBUG["debug"]},)}, {}
+    )
+    return {"sft": sft, "inspect": inspect, "cache": cache, "tune": tune}
+
+
+def render(command: str) -> str:
+    """The text of a command, from its parser."""
+    page = _pages()[command]
+    return "\n".join([page.opening, *(_section(title, _known(page, what)) for title, what in page.sections.items())])
+
+
+def _known(page: _Page, what: tuple[Any, ...]) -> dict[str, str]:
+    """The arguments of a section with their texts."""
+    actions, known = page.parser._option_string_actions, {}
+    for item in what:
+        if isinstance(item, dict):
+            known |= item
+            continue
+        names = [item] if isinstance(item, str) else item if isinstance(item, list) else _names(item)
+        known |= {name: page.own_words.get(name) or _help(actions[f"--{name}"]) for name in names}
+    return known
+
+
+def _names(kind: type) -> list[str]:
+    return [item.name for item in fields(kind) if item.name != "_"]
 
 
 def _help(action: Any) -> str:
@@ -121,4 +232,5 @@ def _section(title: str, known: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(render(), encoding="utf-8")
+    for name, file in SHORT_HELP.items():
+        (FOLDER / file).write_text(render(name), encoding="utf-8")

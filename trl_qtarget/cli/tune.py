@@ -24,10 +24,9 @@ from trl import get_peft_config
 from ..priors.choice import PolicyFacts
 from ..target.config import QTargetConfig
 from .data import load_data, local_format, split_of
-from .device import cpu_words
+from .device import cpu_words, threads_each
 from .errors import check_installed, say
 from .launch import check
-from .noise import quiet
 from .options import read_method, refuse
 from .recipe import names_given, recipe_of, separated
 from .sft import make_parser as sft_parser
@@ -37,10 +36,6 @@ if TYPE_CHECKING:
     from ..tuning.study import Plan
 
 INTERRUPTED = 130
-DESCRIPTION = """\
-Train toward several targets, each tuned with the same number of trials, confirm the best beside plain SFT with fresh
-seeds on prompts that the search never saw, and say which to take. Every argument of `trl-qtarget sft` works,
-`--config` too; the same command goes on with an interrupted study."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,7 +47,6 @@ def make_parser() -> argparse.ArgumentParser:
     """Parser of the study's own arguments; a recipe may hold them too."""
     parser = _Parser(
         prog="trl-qtarget tune",
-        description=DESCRIPTION,
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -244,10 +238,9 @@ def _checked(recipe: dict[str, Any], candidates: Sequence[Any], folder: Path) ->
             files[-1].write_text(yaml.safe_dump(recipe | options | evaluated, allow_unicode=True), encoding="utf-8")
             check(["--config", str(files[-1])])
         words = ["--config", str(files[0])]
-        with quiet():
-            parsed = sft_parser().parse_args_and_config(
-                [*words, *cpu_words(names_given(words))], return_remaining_strings=True
-            )
+        parsed = sft_parser().parse_args_and_config(
+            [*words, *cpu_words(names_given(words))], return_remaining_strings=True
+        )
     return parsed[:4]
 
 
@@ -365,9 +358,12 @@ def _share(arguments: Sequence[str], workers: int) -> int:
     """
     devices = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each]
     devices = devices or [str(number) for number in range(torch.cuda.device_count())]
+    threads = None if devices else threads_each(workers)
     processes = []
     for number in range(workers):
         chosen = {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]} if devices else {}
+        if threads is not None:
+            chosen["OMP_NUM_THREADS"] = str(threads)
         command = [sys.executable, "-m", "trl_qtarget.cli", "tune", *arguments, "--workers", "1"]
         processes.append(subprocess.Popen(command, env=os.environ | chosen, stdout=subprocess.DEVNULL))
     try:

@@ -173,7 +173,7 @@ def choose_prior(
     if reference is not None:
         if config.prior in ("base", "start"):
             warnings.append(f"`prior={config.prior!r}` is overridden: the given `ref_model` is the prior.")
-        kind, name = PriorKind.REFERENCE, _name_of(reference)
+        kind, name = PriorKind.REFERENCE, name_of(reference)
         return PriorChoice(kind, objective, _WORDS[kind], reference, name, warnings=tuple(warnings))
     if source == "model":
         raise ValueError(
@@ -229,7 +229,7 @@ def _check_base(adapters: Mapping[str, Any]) -> None:
             )
 
 
-def _name_of(reference: str | PreTrainedModel) -> str | None:
+def name_of(reference: str | PreTrainedModel) -> str | None:
     """What a card calls the model: its id on the hub, or the last part of a local path, be it one of long ago."""
     name = reference if isinstance(reference, str) else getattr(reference.config, "_name_or_path", "")
     local = Path(name).is_dir() or name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name

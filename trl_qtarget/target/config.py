@@ -88,7 +88,10 @@ class QTargetConfig:
 
     method: str | None = field(
         default="target_sft",
-        metadata={"help": f"Published objective: {', '.join(METHODS)}; or 'none' for a free combination."},
+        metadata={
+            "help": f"Published objective, or adaptive_sft, which is ours: {', '.join(METHODS)}; or 'none' for a free "
+            "combination."
+        },
     )
     _: KW_ONLY
     trust: str | None = field(

@@ -69,3 +69,26 @@ def add_target(card: Path, target: ResolvedTarget) -> None:
             whole.write_text(f"{before.rstrip()}\n\n{section}\n{versions}{after}", encoding="utf-8")
         else:
             whole.write_text(f"{text.rstrip()}\n\n{section}\n", encoding="utf-8")
+
+
+def add_names(card: Path, folder: str, base: str | None) -> None:
+    """Put names where TRL's card, which knows those of the hub alone, says `None`.
+
+    Args:
+        card: the model card.
+        folder: where the model lies; only its last part is written.
+        base: what the model that was trained is called, if it is called anything.
+    """
+    name = Path(folder).resolve().name
+    name = name if re.fullmatch(r"[\w.-]+", name) else "model"
+    # The base's name last, for it might hold one of the others.
+    names = {
+        "\n# Model Card for None\n": f"\n# Model Card for {name}\n",
+        'pipeline("text-generation", model="None"': f'pipeline("text-generation", model="{name}"',
+        "[None](https://huggingface.co/None)": code(base) if base else "a model without a name",
+    }
+    text = card.read_text(encoding="utf-8")
+    for none, known in names.items():
+        text = text.replace(none, known, 1)
+    with replacing(card) as whole:
+        whole.write_text(text, encoding="utf-8")

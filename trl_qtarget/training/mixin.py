@@ -144,7 +144,8 @@ class QTargetMixin(CheckpointMixin, SettlingMixin, SplitMixin):
         )
         if self._prior is not None:
             self.add_callback(PriorCallback(self._prior))
-        self._announce_target()
+        for warning in self.prior_choice.warnings:
+            logger.warning(warning)
         self._aux_weight = self._weight_of_aux_loss()
         self._running = {mode: RunningMeans(self._aux_weight != 0) for mode in ("train", "eval")}
         self._new_tokens: Tensor | int = 0
@@ -158,11 +159,6 @@ class QTargetMixin(CheckpointMixin, SettlingMixin, SplitMixin):
             ValueError: the target lacks the prior that it needs, or cannot have the one that it names.
         """
         return choose_prior(config, self._policy_facts, self._ref_model, self._cache)
-
-    def _announce_target(self) -> None:
-        for warning in self.prior_choice.warnings:
-            logger.warning(warning)
-        logger.info(self.resolved_target.line)
 
     @property
     def model_accepts_loss_kwargs(self) -> bool:

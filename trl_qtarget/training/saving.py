@@ -13,12 +13,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..priors.adapters import are_trained
 from ..priors.base import Prior
-from ..priors.choice import PriorChoice
+from ..priors.choice import PriorChoice, name_of
 from ..priors.own import STATE_NAME
 from ..priors.record import PriorRecord, fingerprints
 from ..priors.resolved import ResolvedTarget
 from ..target.config import QTargetConfig
-from .card import add_target
+from .card import add_names, add_target
 from .checkpoints import check_checkpoint, clear_state, last_whole_checkpoint, settled_as_in
 from .trackers import TargetForTrackers
 
@@ -71,6 +71,7 @@ class CheckpointMixin:
             self._may_change_prior = allow_new_target
         elif self.prior_choice.warning_if_trained and are_trained(self.model):
             logger.warning(self.prior_choice.warning_if_trained)
+        logger.info(self.resolved_target.line)
         trackers = TargetForTrackers(self._facts)
         self.callback_handler.callbacks.insert(0, trackers)
         try:
@@ -113,7 +114,9 @@ class CheckpointMixin:
             kwargs["tags"] = _with_own_tag(kwargs.get("tags"))
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            add_target(Path(self.args.output_dir) / "README.md", self.resolved_target)
+            card = Path(self.args.output_dir) / "README.md"
+            add_target(card, self.resolved_target)
+            add_names(card, self.args.output_dir, name_of(self.model))
             # Beside the card, for whatever is pushed while training goes on.
             self._save_target(self.args.output_dir)
 
