@@ -42,7 +42,7 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_qtarget import QTargetSFTTrainer
 from trl_qtarget.target.config import prior_itself
-from trl_qtarget.training.caching import write_cache
+from trl_qtarget.training.caching import Writer, write_cache
 
 from .budget import Budget, rounds
 from .common import (
@@ -173,7 +173,7 @@ def _cache(mode: str, directory: str, config: SFTConfig, data: dict[str, Any], a
     frozen = "start" if data["peft_config"] is None else "base"
     asked = prior_itself(frozen)
     trainer = QTargetSFTTrainer(_model(mode, directory, arguments), config, **data, qtarget_config=asked)
-    write_cache(trainer, folder, "top_k", min(_CACHED_TOKENS, MODELS[arguments.model]["vocab_size"]))
+    write_cache(Writer(trainer, k=min(_CACHED_TOKENS, MODELS[arguments.model]["vocab_size"])), folder)
     return folder
 
 

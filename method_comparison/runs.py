@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PrinterCallback
 
 from trl_qtarget import QTargetConfig, QTargetSFTTrainer
 from trl_qtarget.target.config import prior_itself
-from trl_qtarget.training.caching import write_cache
+from trl_qtarget.training.caching import Writer, write_cache
 
 from .demonstrations import KINDS, demonstrations
 from .evaluation import GREEDY, mean, solved_counts
@@ -138,9 +138,8 @@ def _cache(reference: PreTrainedModel, folder: Path, k: int, shared: dict[str, A
     """What a reference says of the demonstrations, its k most probable tokens."""
     options = arguments(folder / "unused", per_device_eval_batch_size=256, model_init_kwargs={"dtype": "float32"})
     policy = copy.deepcopy(reference)
-    write_cache(
-        QTargetSFTTrainer(policy, options, qtarget_config=prior_itself(), ref_model=reference, **shared), folder, k=k
-    )
+    trainer = QTargetSFTTrainer(policy, options, qtarget_config=prior_itself(), ref_model=reference, **shared)
+    write_cache(Writer(trainer, k=k), folder)
     return folder
 
 

@@ -88,7 +88,7 @@ def check_equals_dense(problem, config: QTargetConfig, prior: TopKPrior) -> None
         "kl": target.kl.nan_to_num(),
         "entropy": target.tile.policy.entropy,
         "is_top1": target.tile.is_top1,
-        "prior_is_top1": prior[scored].is_top1(target.tile.labels),
+        "prior_is_top1": prior[scored].is_top1(target.tile.labels, target.tile.is_top1),
     }
     for name, value in statistics.items():
         assert relative_error(getattr(output, name)[scored].nan_to_num(), value, 1.0) < TOLERANCE, name
@@ -102,6 +102,37 @@ def test_fused_equals_dense(name, tail):
         config = QTargetConfig(**TARGETS[name], chunk_tokens=chunk_tokens, kernel="torch")
         for k in {1, 2, shape[1] // 2, shape[1] - 1, shape[1]}:
             check_equals_dense(problem, config, top_k_of(problem.prior_logits(), problem.labels, k, tail))
+
+
+def with_silence(prior: TopKPrior) -> TopKPrior:
+    """The same with every third row silent, and numbers there that mean nothing."""
+    silent = torch.arange(len(prior.ids)) % 3 == 1
+    uniform = torch.full_like(prior.log_probs, -math.log(prior.ids.size(1) + 1))
+    return replace(
+        prior,
+        silent=silent,
+        log_probs=torch.where(silent[:, None], uniform, prior.log_probs),
+        label_log_probs=torch.where(silent, -3.0, prior.label_log_probs),
+        rest_log_mass=torch.where(silent, -1.0, prior.rest_log_mass),
+    )
+
+
+@pytest.mark.parametrize("kernel", ["torch", TRITON])
+@pytest.mark.parametrize("tail", ["policy", "uniform"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_where_it_is_silent_the_policy_is_the_prior(name, tail, kernel):
+    problem = make_problem(*SHAPES[1], head=next(iter(HEADS)))
+    config = QTargetConfig(**TARGETS[name], chunk_tokens=5, kernel=kernel)
+    logits, vocabulary = problem.logits().detach(), SHAPES[1][1]
+    for k in (2, vocabulary) if kernel == "torch" else (4,):
+        check_equals_dense(problem, config, with_silence(top_k_of(problem.prior_logits(), problem.labels, k, tail)))
+    prior = with_silence(top_k_of(problem.prior_logits(), problem.labels, vocabulary, tail))
+    arguments = problem.dense_arguments(prior=False)
+    given = torch.where(prior.silent[:, None], logits, problem.prior_logits())
+    live = build_target(logits, problem.labels, config, **arguments, prior_logits=given)
+    found = build_target(logits, problem.labels, config, **arguments, prior_top_k=prior)
+    assert relative_error(found.probs, live.probs, FLOOR) < TOLERANCE
+    assert relative_error(found.scale, live.scale, FLOOR) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["target_sft", "asft", "iw_sft", "formula"])

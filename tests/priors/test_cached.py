@@ -14,7 +14,7 @@ from trl_qtarget import QTargetConfig, QTargetSFTTrainer
 from trl_qtarget.priors.record import PriorRecord
 from trl_qtarget.priors.store import PriorCache, key_of
 from trl_qtarget.target.config import prior_itself
-from trl_qtarget.training.caching import write_cache
+from trl_qtarget.training.caching import Writer, write_cache
 
 
 TEACHER = prior_itself()
@@ -23,7 +23,7 @@ V = len(tiny.tokenizer())
 
 def cache_of(dataset, directory: Path, form: str = "top_k", k: int = V, **options) -> Path:
     """A cache of `other_model`."""
-    write_cache(teacher_on(dataset), directory, form, k, **options)
+    write_cache(Writer(teacher_on(dataset), form, k), directory, **options)
     return directory
 
 
@@ -99,14 +99,14 @@ def test_train_from_a_cache_of_a_teacher_with_more_rows(tmp_path):
         return model
 
     dataset = tiny.prompt_dataset()
-    write_cache(teacher_on(dataset, teacher()), tmp_path, "top_k", V)
+    write_cache(Writer(teacher_on(dataset, teacher()), "top_k", V), tmp_path)
     lines, weights = run("target_sft", prior_cache=str(tmp_path))
     live, live_weights = run("target_sft", ref_model=teacher())
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in live], rel=1e-5)
     for name, value in weights.items():
         torch.testing.assert_close(value, live_weights[name], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=f"`k={V + 1}` must be from 1 to the vocabulary's {V}"):
-        write_cache(teacher_on(dataset, teacher()), tmp_path / "other", "top_k", V + 1)
+        write_cache(Writer(teacher_on(dataset, teacher()), "top_k", V + 1), tmp_path / "other")
 
 
 @pytest.mark.parametrize("completion", [True, False])
@@ -152,7 +152,7 @@ def test_train_an_adapter_from_its_cached_base(tmp_path):
         )
 
     base = prior_itself("base")
-    write_cache(trainer(base, {"max_length": None}), tmp_path / "cache", "top_k", V)
+    write_cache(Writer(trainer(base, {"max_length": None}), "top_k", V), tmp_path / "cache")
     losses = []
     for prior in ({}, {"prior_cache": str(tmp_path / "cache")}):
         run = trainer("target_sft", **prior)
@@ -164,7 +164,7 @@ def test_train_an_adapter_from_its_cached_base(tmp_path):
 def test_evaluation_sets_come_from_the_cache(tmp_path):
     sets = {"first": tiny.prompt_dataset(6, seed=3), "second": tiny.prompt_dataset(6, seed=4)}
     dataset = tiny.prompt_dataset(8)
-    write_cache(teacher_on(dataset, eval_dataset=sets), tmp_path, "top_k", V)
+    write_cache(Writer(teacher_on(dataset, eval_dataset=sets), "top_k", V), tmp_path)
     found = []
     for prior in ({"ref_model": other_model()}, {"prior_cache": str(tmp_path)}):
         run = make_trainer(
@@ -273,7 +273,7 @@ def test_caches_of_something_else_are_refused(caches, tmp_path):
     with pytest.raises(ValueError, match="holds another cache, whose `k` is"):
         cache_of(tiny.prompt_dataset(), top_k, k=5)
     with pytest.raises(ValueError, match="holds another cache, whose `weights` is"):
-        write_cache(teacher_on(tiny.prompt_dataset(), warm_model(steps=5)), top_k, "top_k", V)
+        write_cache(Writer(teacher_on(tiny.prompt_dataset(), warm_model(steps=5)), "top_k", V), top_k)
 
 
 def test_a_shard_with_other_bytes_is_refused(caches, tmp_path):

@@ -29,7 +29,7 @@ from transformers.distributed import DistributedConfig
 from trl_qtarget import QTargetConfig, QTargetSFTTrainer
 from trl_qtarget.priors.shards import gather, in_zero3, share
 from trl_qtarget.target.config import prior_itself
-from trl_qtarget.training.caching import write_cache
+from trl_qtarget.training.caching import Writer, write_cache
 
 
 GLOBAL_BATCH = 4
@@ -172,7 +172,7 @@ def save_cache(folder: Path, form: str) -> None:
         qtarget_config=prior_itself(),
         ref_model=warm_model(steps=12),
     )
-    write_cache(trainer, folder / f"cache-{form}", form, len(tiny.tokenizer()))
+    write_cache(Writer(trainer, form, len(tiny.tokenizer())), folder / f"cache-{form}")
 
 
 def make(cell: Cell, output_dir: str, processes: int, trainer_class: type = InOrder) -> QTargetSFTTrainer:

@@ -11,12 +11,14 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..priors.prompt_logprobs import write_prompt_logprobs
 from ..priors.store import FORMS
-from ..target.config import prior_itself
-from ..training.caching import write_cache
+from ..priors.tokens import find_tokenizer
+from ..target.config import QTargetConfig, prior_itself
+from ..training.caching import Writer, write_cache
+from ..training.caching_across import WriterAcross, say_share
 from ..training.data import kept_by_truncation
 from .device import cpu_words
 from .errors import say
-from .models import check_named
+from .models import ReferenceArguments, check_named, load_reference
 from .options import check_known, refuse
 from .recipe import Parser, names_given, separated
 from .sft import NO_GPU, RECIPE, make_trainer
@@ -34,6 +36,13 @@ class CacheArguments:
         },
     )
     k: int = field(default=64, metadata={"help": "Tokens of the form 'top_k'."})
+    own_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "The teacher has another tokenizer, and reads the text in its own tokens: what it says is kept "
+            "where both have the same token. Of the form 'top_k'."
+        },
+    )
     prompt_logprobs: str | None = field(
         default=None,
         metadata={
@@ -71,6 +80,8 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(
             "`--output_dir` is missing: name the folder of the cache, which is another one than that of the training."
         )
+    if wanted.own_tokens and (reference.ref_model_name_or_path is None or wanted.form != "top_k"):
+        raise ValueError("`own_tokens` are of a `ref_model_name_or_path`, and of the form `top_k`: give both.")
     check_named(model, reference)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_qtarget").setLevel(logging.INFO)
@@ -79,13 +90,22 @@ def main(arguments: Sequence[str]) -> int:
     # The whole text is what an example is found by, however long a piece of it is read here or trained on.
     training.max_length, training.packing, training.eval_packing, training.shuffle_dataset = None, False, False, False
     training.padding_free, training.loss_type = False, "nll"
-    # The target only asks for the prior itself. Of a policy that is not trained, the start is the model as it is.
-    frozen = "base" if model.use_peft and target.prior != "start" else "start"
-    prior = frozen if reference.ref_model_name_or_path is None else "auto"
-    asked = prior_itself(prior)
-    trainer = make_trainer(script, training, model, mixture, asked, replace(reference, prior_cache=None))
-    write_cache(trainer, training.output_dir, wanted.form, wanted.k, kept)
-    sys.stdout.write(f"{training.output_dir} has what {trainer.prior_choice.title} says of the dataset.\n")
+    if wanted.own_tokens:  # the trainer only prepares the dataset
+        trainer = make_trainer(script, training, model, mixture, QTargetConfig("sft"), ReferenceArguments())
+        teacher = load_reference(reference, training)
+        tokenizer = find_tokenizer(reference.ref_model_name_or_path, training.model_init_kwargs)
+        writer = WriterAcross(trainer, teacher, tokenizer, wanted.k)
+    else:
+        # The target only asks for the prior itself. Of a policy that is not trained, the start is the model as it is.
+        frozen = "base" if model.use_peft and target.prior != "start" else "start"
+        prior = frozen if reference.ref_model_name_or_path is None else "auto"
+        asked = prior_itself(prior)
+        trainer = make_trainer(script, training, model, mixture, asked, replace(reference, prior_cache=None))
+        writer = Writer(trainer, wanted.form, wanted.k)
+    write_cache(writer, training.output_dir, kept)
+    if wanted.own_tokens:
+        say_share(training.output_dir)
+    sys.stdout.write(f"{training.output_dir} has what {writer.manifest.prior} says of the dataset.\n")
     return 0
 
 

@@ -98,7 +98,7 @@ def _agrees(batch: dict[str, Any]) -> bool:
     key = (*key, *(design.name for design in objective.designs), knobs, objective.uses_prior, head.logit_softcap)
     key = (*key, prior is not None and _is_smaller(prior, head))
     top_k = batch.get("top_k")
-    key = (*key, top_k and top_k.tail)
+    key = (*key, top_k and top_k.tail, top_k and top_k.silent is not None)
     if key not in _agreed:
         try:
             difference = disagreement(batch, _folding)
@@ -172,7 +172,8 @@ def _small(batch: dict[str, Any]) -> dict[str, Any]:
         ids = torch.rand(_TOKENS, vocabulary, generator=generator, device=hidden.device).argsort(dim=1)[:, :k]
         ids[0, 0] = labels[0]
         events = normal(_TOKENS, k + 1, like=given.log_probs).log_softmax(-1)
-        return TopKPrior(ids, events[:, :-1], events[:, 0], events[:, -1], given.tail)
+        silent = None if given.silent is None else labels % 3 == 0
+        return TopKPrior(ids, events[:, :-1], events[:, 0], events[:, -1], given.tail, silent)
 
     policy = small_head(head)
     labels = torch.randint(vocabulary, (_TOKENS,), generator=generator, device=hidden.device)

@@ -255,6 +255,8 @@ class Batch:
         statistics["entropy"][block] = target.tile.policy.entropy
         statistics["is_top1"][block] = target.tile.is_top1.to(self.dtype)
         if self.top_k is not None:
-            statistics["prior_is_top1"][block] = self.top_k[block].is_top1(self.labels[block]).to(self.dtype)
+            statistics["prior_is_top1"][block] = (
+                self.top_k[block].is_top1(self.labels[block], target.tile.is_top1).to(self.dtype)
+            )
         else:
             statistics["prior_is_top1"][block] = math.nan if self.prior_head is None else target.tile.prior_is_top1

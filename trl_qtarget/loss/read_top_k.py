@@ -1,6 +1,7 @@
 """What a head says of some tokens, as a top-k prior: for a cache of a teacher that runs once."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,20 +23,28 @@ def read_top_k(hidden: Tensor, head: Head, labels: Tensor, k: int) -> TopKPrior:
         labels: `[N]`, the tokens whose own probability is kept beside.
         k: how many, at most the vocabulary.
     """
+    found = []
+    for block, log_probs in log_probs_by_block(hidden, head):
+        top = log_probs.topk(k, dim=-1)
+        of_label = log_probs.gather(1, labels[block, None]).squeeze(1)
+        found.append((top.indices, top.values, of_label, _log_sum_of_others(log_probs, top.indices)))
+    return TopKPrior(*(torch.cat(values) for values in zip(*found, strict=True)))
+
+
+@torch.no_grad()
+def log_probs_by_block(hidden: Tensor, head: Head) -> Iterator[tuple[slice, Tensor]]:
+    """Natural log-probabilities `[n, V]` after `hidden[N, H]`, for so many rows at a time as memory is meant for."""
     operands = gemm.operand_dtype(hidden, head.weight)
     weight, dtype = gemm.narrowed(head.weight, operands), gemm.result_dtype(operands)
     size = max(1, chunk_elements(hidden.device, dtype, 2) // len(weight))
-    found = []
-    with torch.autocast(hidden.device.type, enabled=False):
-        for states, own in zip(hidden.split(size), labels.split(size), strict=True):
-            logits = torch.empty(len(states), len(weight), dtype=dtype, device=hidden.device)
-            gemm.project(logits, states, weight, operands)
+    for start in range(0, len(hidden), size):
+        block = slice(start, min(start + size, len(hidden)))
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = torch.empty(block.stop - start, len(weight), dtype=dtype, device=hidden.device)
+            gemm.project(logits, hidden[block], weight, operands)
             head.transform(logits)
             log_probs = log_softmax_(finite(logits, in_place=True))
-            top = log_probs.topk(k, dim=-1)
-            of_label = log_probs.gather(1, own[:, None]).squeeze(1)
-            found.append((top.indices, top.values, of_label, _log_sum_of_others(log_probs, top.indices)))
-    return TopKPrior(*(torch.cat(values) for values in zip(*found, strict=True)))
+        yield block, log_probs
 
 
 def _log_sum_of_others(log_probs: Tensor, ids: Tensor) -> Tensor:

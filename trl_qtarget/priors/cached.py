@@ -1,5 +1,6 @@
 """What a prior has said before, read from a cache: no model runs beside the policy."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -56,4 +57,6 @@ def top_k_of(rows: Tensor, manifest: Manifest, tail: str) -> TopKPrior:
     """The prior in `rows[..., 2k + 2]` of a cache."""
     k = manifest.k
     numbers = rows[..., k:].contiguous().view(torch.float32)
-    return TopKPrior(rows[..., :k], numbers[..., :k], numbers[..., k], numbers[..., k + 1], tail)
+    rest = numbers[..., k + 1]
+    silent = rest.isnan() if manifest.own_tokenizer else None
+    return TopKPrior(rows[..., :k], numbers[..., :k], numbers[..., k], rest.nan_to_num(neginf=-math.inf), tail, silent)

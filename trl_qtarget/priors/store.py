@@ -60,6 +60,8 @@ class Manifest:
         width: of the hidden states, of the form `hidden`.
         logit_scale, logit_softcap: what the head does with its product, of the form `hidden`.
         package: the version that has written it.
+        own_tokenizer: fingerprint of the prior's own tokens, where they are others than the policy's. What cannot be
+            carried over has NaN in the place of `rest_log_mass`, and nothing is known of that label.
     """
 
     form: str
@@ -77,11 +79,13 @@ class Manifest:
     logit_softcap: float | None = None
     package: str = ""
     version: int = _VERSION
+    own_tokenizer: str | None = None
 
     @property
     def identity(self) -> str:
         """A fingerprint of all that makes two caches say the same."""
-        facts = {name: value for name, value in asdict(self).items() if name != "package"}
+        left_out = {"package"} if self.own_tokenizer else {"package", "own_tokenizer"}
+        facts = {name: value for name, value in asdict(self).items() if name not in left_out}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -162,6 +166,12 @@ class PriorCache:
     def __len__(self) -> int:
         """How many examples it has."""
         return len(self._places)
+
+    @property
+    def known_share(self) -> float:
+        """The share of its rows, of the form `top_k`, of which something is known."""
+        silent = [shard["rest_log_mass"].isnan() for shard in self._shards]
+        return 1 - torch.cat(silent).double().mean().item()
 
     @property
     def head(self) -> Path:

@@ -31,6 +31,9 @@ PROBES = (
     "Größe, naïve, Straße. Привет, мир! 你好，世界。 こんにちは مرحبا",
     "🙂 👍🏽 ∑√π ﷽ 𝔘𝔫𝔦𝔠𝔬𝔡𝔢",
 )
+_OWN_TOKENS = (
+    "or have this one say once, in its own tokens, what can be carried over: `trl-qtarget cache --own_tokens true`."
+)
 # Where files come from. All else that loads a policy says which model it is.
 _OF_FETCHING = ("cache_dir", "token", "proxies", "local_files_only")
 
@@ -128,7 +131,7 @@ def compare_tokenizers(policy: Any, reference: Any, name: str) -> Findings:
         found.refusal = (
             f"{name} has another tokenizer than the policy: id {id} is {theirs.by_id[id]!r} to it and "
             f"{ours.by_id[id]!r} to the policy" + (f", and {more} more differ" if more else "") + ". A prior must "
-            "mean the same by every id: choose a reference model that shares the policy's tokenizer."
+            f"mean the same by every id: choose a reference model that shares the policy's tokenizer, {_OWN_TOKENS}"
         )
         return found
     for text in PROBES:
@@ -137,8 +140,8 @@ def compare_tokenizers(policy: Any, reference: Any, name: str) -> Findings:
             here, there = _first_difference(ours, pair[0], theirs, pair[1])
             found.refusal = (
                 f"{name} splits text otherwise than the policy: in {text!r} it has the token {there!r} where the "
-                f"policy has {here!r}. Give both one tokenizer (`processing_class`), or choose another reference "
-                "model."
+                f"policy has {here!r}. Give both one tokenizer (`processing_class`), choose another reference model, "
+                f"{_OWN_TOKENS}"
             )
             return found
     if special:

@@ -128,7 +128,7 @@ def token_target(
         logits=scored_logits if {"rank", "margin"} & objective.statistics else None,
     )
     if known is not None:  # the label is known apart, whether it is among the k or not
-        tile.prior_label_log_probs = known.label_log_probs
+        tile.prior_label_log_probs = known.or_policy(known.label_log_probs, tile.label_log_probs)
     trust = None
     if objective.trust.per_sequence:
         prior = tile.prior_label_log_probs if objective.uses_prior else tile.label_log_probs

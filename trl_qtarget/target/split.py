@@ -126,7 +126,12 @@ class SplitTile(Tile):
 
     @cached_property
     def prior_label_log_probs(self) -> Tensor:
-        return self.prior.label_log_probs
+        return self.prior.or_policy(self.prior.label_log_probs, self.label_log_probs)
+
+    @cached_property
+    def prior_events(self) -> Tensor:
+        """`[n, k + 1]`, the prior's log-probabilities of the k tokens and of the rest."""
+        return self.prior.or_policy(self.prior.events(self._has_tail), self._policy_events)
 
     @cached_property
     def prior_logits(self) -> Tensor:
@@ -137,7 +142,7 @@ class SplitTile(Tile):
         if (policy, prior) == (1.0, 0.0):
             return self.policy
         if prior > 0 and is_normalised(policy, prior):
-            return SplitMeasure(self, mixed(self.policy.events, self.prior.events(self._has_tail), policy, prior))
+            return SplitMeasure(self, mixed(self.policy.events, self.prior_events, policy, prior))
         if prior == 0:
             return self.measure(mixed(self.log_probs, None, policy, prior))
         return super().mixture(policy, prior)
@@ -154,7 +159,7 @@ class SplitTile(Tile):
 
     @property
     def prior_is_top1(self) -> Tensor:
-        return self.prior.is_top1(self.labels)
+        return self.prior.is_top1(self.labels, self._is_top1)
 
 
 def is_normalised(policy: float, prior: float) -> bool:

@@ -32,6 +32,8 @@ class TopKPrior:
         rest_log_mass: `[N]`, log-probability of all other tokens together: a log-sum of its own, for `1 - Σ` has no
             meaning in float32.
         tail: how these others share it: `"policy"`, as the policy would, or `"uniform"`.
+        silent: `[N]`, bool: nothing is known there, whatever else stands there, and the policy is its own prior. None:
+            nowhere.
     """
 
     ids: Tensor
@@ -39,10 +41,12 @@ class TopKPrior:
     label_log_probs: Tensor
     rest_log_mass: Tensor
     tail: str = "policy"
+    silent: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "TopKPrior":
         """The same with a function applied to every tensor."""
-        tensors = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "tail"}
+        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
+        tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
         return replace(self, **{name: function(value) for name, value in tensors.items()})
 
     def __getitem__(self, rows: slice | Tensor) -> "TopKPrior":
@@ -77,13 +81,23 @@ class TopKPrior:
             shape = torch.full_like(scores, -math.log(max(1, vocabulary - size)))
             has_tail = torch.full_like(self.rest_log_mass, size < vocabulary, dtype=torch.bool)
         events = self.events(has_tail)
-        return finite(shape.add_(events[:, -1:]).scatter_(1, self.ids, events[:, :-1]), in_place=True)
+        known = finite(shape.add_(events[:, -1:]).scatter_(1, self.ids, events[:, :-1]), in_place=True)
+        return known if self.silent is None else self.or_policy(known, log_softmax_(scores.clone()))
 
-    def is_top1(self, labels: Tensor) -> Tensor:
-        """Whether the label is the most probable token, `[n]`; among equals the first one is."""
+    def or_policy(self, known: Tensor, policy: Tensor) -> Tensor:
+        """`known[n, ...]`, and where nothing is known what the policy has in its place."""
+        if self.silent is None:
+            return known
+        return torch.where(self.silent.view(-1, *[1] * (known.dim() - 1)), policy, known)
+
+    def is_top1(self, labels: Tensor, policy: Tensor) -> Tensor:
+        """Whether the label is the most probable token, `[n]`; among equals the first one is.
+
+        `policy[n]` says the same of the policy.
+        """
         top = self.log_probs.amax(-1, keepdim=True)
         first = torch.where(self.log_probs == top, self.ids, torch.iinfo(self.ids.dtype).max).amin(-1)
-        return first == labels
+        return self.or_policy(first == labels, policy)
 
 
 def check_top_k(prior: TopKPrior, rows: int, vocabulary: int) -> None:
@@ -108,6 +122,9 @@ def check_top_k(prior: TopKPrior, rows: int, vocabulary: int) -> None:
             raise ValueError(f"`prior_top_k.{name}` must have shape {list(shape)}, got {list(value.shape)}.")
         if not value.is_floating_point() or (value > 1e-3).any():
             raise ValueError(f"`prior_top_k.{name}` must hold log-probabilities, floats of at most 0.")
+    silent = prior.silent
+    if silent is not None and (silent.shape != ids.shape[:1] or silent.dtype != torch.bool):
+        raise ValueError(f"`prior_top_k.silent` must be bool of shape {list(ids.shape[:1])}.")
     ordered = ids.long().sort(dim=1).values
     if rows and (ordered[:, 0].min() < 0 or ordered[:, -1].max() >= vocabulary):
         raise ValueError(f"`prior_top_k.ids` holds an id outside the vocabulary of {vocabulary}.")

@@ -21,7 +21,7 @@ from ..loss.body import inference
 from ..loss.head import gathered, vocabulary_of
 from ..loss.read_top_k import read_top_k
 from ..loss.request import IGNORE_INDEX, PriorStates
-from ..priors.base import base_model_of
+from ..priors.base import Prior, base_model_of
 from ..priors.record import fingerprints
 from ..priors.store import FORMS, Manifest, heads_in, key_of, tokenizer_fingerprint
 from ..priors.store_writer import (
@@ -42,38 +42,23 @@ logger = get_logger(__name__)
 
 
 def write_cache(
-    trainer: QTargetSFTTrainer,
-    directory: str | Path,
-    form: str = "top_k",
-    k: int = 64,
-    kept: slice = slice(None),
-    shard_bytes: int = SHARD_BYTES,
+    writer: "Writer", directory: str | Path, kept: slice = slice(None), shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Cache what a trainer's prior says of every label of its datasets.
+    """Cache what a prior says of every label of a trainer's datasets.
 
     Processes that are given the same do it together. What is there already is left, so that a run that was killed goes
     on, and a second dataset adds to the first.
 
     Args:
-        trainer: holds the prior, and datasets that are neither truncated nor packed.
+        writer: asks the prior, about datasets that are neither truncated nor packed.
         directory: of the cache.
-        form: `"top_k"`, or `"hidden"` for the final hidden states.
-        k: tokens of the form `top_k`.
         kept: the tokens of an example that its model reads.
         shard_bytes: size of a shard.
 
     Raises:
-        ValueError: `directory` holds another cache or has no room for this one, or an argument is out of range.
+        ValueError: `directory` holds another cache or has no room for this one.
     """
-    if form not in FORMS:
-        raise ValueError(f"`form={form!r}` is unknown: choose one of {', '.join(FORMS)}.")
-    if trainer.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-        raise ValueError(
-            "A cache is made by processes that do not wait for each other, so none may hold a part of the model: "
-            "launch without DeepSpeed and FSDP. A model that one device cannot hold is split with `device_map: auto`."
-        )
-    writer = _Writer(trainer, form, k)
-    directory, rows = Path(directory), list(_rows_of(trainer))
+    directory, rows = Path(directory), list(_rows_of(writer.trainer))
     examples = _examples(rows, kept)
     units = units_of(examples, writer.manifest, shard_bytes)
     left = sum(unit.rows for unit in units if not is_there(directory, unit)) * writer.manifest.row_bytes
@@ -90,9 +75,9 @@ def write_cache(
             "folder, or a smaller `k`."
         )
     begin(directory, writer.manifest)
-    if form == "hidden" and not heads_in(directory):
+    if writer.manifest.form == "hidden" and not heads_in(directory):
         writer.save_head(directory)
-    bar = tqdm(total=total, unit="label", disable=trainer.args.disable_tqdm)
+    bar = tqdm(total=total, unit="label", disable=writer.trainer.args.disable_tqdm)
     with bar:
         write(directory, units, lambda unit: writer.say(unit, rows), lambda unit: bar.update(unit.rows))
     write_card(directory, writer.manifest)
@@ -122,21 +107,42 @@ def _examples(datasets: list[Dataset], kept: slice) -> list[Example]:
     return [Example(key, row, tuple(sorted(positions))) for key, (row, positions) in found.items()]
 
 
-class _Writer:
-    """Asks a trainer's prior."""
+class Writer:
+    """Asks a trainer's prior.
 
-    def __init__(self, trainer: QTargetSFTTrainer, form: str, k: int):
-        self.trainer, self.prior = trainer, trainer._prior
-        if self.prior is None:
+    Args:
+        trainer: holds the prior and the datasets.
+        form: `"top_k"`, or `"hidden"` for the final hidden states.
+        k: tokens of the form `top_k`.
+
+    Raises:
+        ValueError: there is no prior, it cannot be cached, or an argument is out of range.
+    """
+
+    def __init__(self, trainer: QTargetSFTTrainer, form: str = "top_k", k: int = 64):
+        if form not in FORMS:
+            raise ValueError(f"`form={form!r}` is unknown: choose one of {', '.join(FORMS)}.")
+        if trainer._prior is None:
             raise ValueError("There is no prior to cache: pass a `ref_model`, or `prior='base'`.")
-        trainer.model.requires_grad_(False)  # else the policy's own prior would keep a copy of what is trained
-        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-        self.collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id or 0)
-        # The k most probable are those of the tokens that both have, as with the model beside the policy.
-        self.rows = vocabulary_of(base_model_of(trainer.model))
+        self._ask(trainer, trainer._prior, trainer.processing_class)
         states = self._states([[0, 0]])
+        # The k most probable are those of the tokens that both have, as with the model beside the policy.
         with gathered(states.head()) as (head,):
             self.manifest = self._manifest(form, k, states, head.first(self.rows) if form == "top_k" else head)
+
+    def _ask(self, trainer: QTargetSFTTrainer, prior: Prior, processing_class: Any) -> None:
+        """Take the prior, and the tokenizer whose ids it reads."""
+        if trainer.accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            raise ValueError(
+                "A cache is made by processes that do not wait for each other, so none may hold a part of the model: "
+                "launch without DeepSpeed and FSDP. A model that one device cannot hold is split with `device_map: "
+                "auto`."
+            )
+        self.trainer, self.prior = trainer, prior
+        trainer.model.requires_grad_(False)  # else the policy's own prior would keep a copy of what is trained
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self.collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id or 0)
+        self.rows = vocabulary_of(base_model_of(trainer.model))
 
     def _manifest(self, form: str, k: int, states: PriorStates, head: Head) -> Manifest:
         model = getattr(self.prior, "causal_model", None) or base_model_of(self.trainer.model)
@@ -202,7 +208,7 @@ class _Writer:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _of_batch(self, examples: list[Example], datasets: list[Dataset]) -> list[Mapping[str, Tensor]]:
-        whole = [_row(datasets, example.row)["input_ids"] for example in examples]
+        whole = [row_of(datasets, example.row)["input_ids"] for example in examples]
         # A label is predicted by the tokens before it, so the last one need not be read.
         states = self._states([ids[: example.positions[-1]] for ids, example in zip(whole, examples, strict=True)])
         hidden = [states.hidden[row, [at - 1 for at in it.positions]] for row, it in enumerate(examples)]
@@ -224,7 +230,7 @@ class _Writer:
         return [{name: values[row] for name, values in split.items()} for row in range(len(examples))]
 
 
-def _row(datasets: list[Dataset], row: int) -> Mapping[str, Any]:
+def row_of(datasets: list[Dataset], row: int) -> Mapping[str, Any]:
     for dataset in datasets:
         if row < len(dataset):
             return dataset[row]

@@ -82,7 +82,9 @@ class TopKKernel:
         written_out = prior.dense(logits) if self.writes_prior else None
         tile = self._inner.tile(logits, labels, written_out, token_weights, embeddings)
         # As if it had been asked for already.
-        vars(tile)["prior_label_log_probs"] = prior.label_log_probs
+        of_label = prior.label_log_probs
+        of_label = of_label if prior.silent is None else prior.or_policy(of_label, tile.label_log_probs)
+        vars(tile)["prior_label_log_probs"] = of_label
         return tile
 
     def _split(
