@@ -119,7 +119,7 @@ class Crossing:
             self.policy = Pieces(policy, None if ends is None else ends.decode())
         except ValueError as error:
             raise ValueError(f"`own_tokens`: a tokenizer cannot be compared by its bytes. {error}") from None
-        self.rows = rows
+        self.rows, self.teacher_rows = rows, teacher_rows
         ours = {name: id for name, id in self.policy.names().items() if id < rows}
         of_teacher = torch.full((max(teacher_rows, 1 + max(self.teacher.by_id)),), -1)
         for id, piece in self.teacher.by_id.items():
@@ -140,6 +140,8 @@ class Crossing:
         except UnicodeDecodeError:
             return Reading([], {})
         theirs = self.teacher.tokenizer(words, add_special_tokens=False)["input_ids"]
+        if max(theirs, default=0) >= self.teacher_rows:  # a token that the model itself has not
+            return Reading([], {})
         read = [self.teacher.by_id.get(id, b"") for id in theirs]
         again = b"".join(read)
         # A mark for the space before the first word stands there whether the text has one or not.
