@@ -7,10 +7,11 @@ CONSTRAINTS ?= constraints.txt
 # Extra arguments: make demo ARGS="--method dft", make test ARGS="-k parity"
 ARGS ?=
 
-.PHONY: help demo test test-slow test-distributed test-axolotl lint format bench comparison comparison-real docs figures \
+.PHONY: help demo tune test test-slow test-distributed test-axolotl lint format bench comparison comparison-real docs figures \
 	gpu-pack clean
 help:
 	@echo "make demo    fine-tune a real language model toward an explicit target (minutes on two cores)"
+	@echo "make tune    find the target for the demo's model and sums with wrong steps (an hour on two cores; resumable)"
 	@echo "make test    run the tests;  make test-slow  those that take minutes"
 	@echo "make test CONSTRAINTS=constraints-oldest.txt VENV=.venv-oldest   with the oldest supported versions"
 	@echo "make test-distributed   every target on every backend, in jobs of two processes (minutes)"
@@ -35,6 +36,11 @@ $(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 
 demo: $(VENV)/.ready
 	$(RUN) examples/demo.py $(ARGS)
+
+# Goes on where it was interrupted; report and recommended recipe in outputs/tune/study.
+tune: $(VENV)/.ready
+	$(RUN) examples/tune_data.py --output_dir outputs/tune
+	$(RUN) -m trl_qtarget tune --config outputs/tune/recipe.yaml $(ARGS)
 
 # Two workers of one thread each: tiny models gain nothing from more threads.
 test: $(VENV)/.ready
