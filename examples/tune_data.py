@@ -20,7 +20,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/tune"), help="Where all of it goes.")
     parser.add_argument("--model", help="Model to train: hub id or path. None: the packaged SmolLM2-135M-Instruct.")
-    parser.add_argument("--rows", type=int, default=512, help="Sums to train on.")
+    parser.add_argument("--rows", type=int, default=256, help="Sums to train on.")
     parser.add_argument("--problems", type=int, default=256, help="Sums to search and confirm on, half each.")
     parser.add_argument("--wrong", type=float, default=0.3, help="Share of the sums that have a wrong step.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the sums and of the errors.")
@@ -70,7 +70,7 @@ def main() -> None:
         "lr_scheduler_type": "cosine",
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 64,
-        "max_steps": 48,
+        "max_steps": 32,
         "warmup_steps": 5,
         "logging_steps": 8,
         "gradient_checkpointing": False,
@@ -78,7 +78,7 @@ def main() -> None:
         "report_to": "none",
         # The study's own.
         "problems": str(folder / "problems.jsonl"),
-        "methods": ["sft", "dft", "trsft", "target_sft"],
+        "methods": ["sft", "dft", "target_sft"],
         "metric": "greedy_accuracy",
         "max_new_tokens": 48,
         "trials": 3,
