@@ -84,7 +84,7 @@ def whole(folder) -> Study:
     return study
 
 
-def test_runs_to_its_verdict(whole, folder):
+def test_runs_to_its_verdict(whole, folder, monkeypatch):
     """Equal trials of each method, the first as published; fresh trainings; a page, and a recipe that trains."""
     trials = {name: whole.search_trials(name) for name in ("sft", "dft")}
     assert {name: len(found) for name, found in trials.items()} == {"sft": 2, "dft": 2}
@@ -105,6 +105,11 @@ def test_runs_to_its_verdict(whole, folder):
     said = report.write(whole)
     page, text = (folder / "whole" / "report.html").read_text(), (folder / "whole" / "report.md").read_text()
     assert said in text and "sft again" in page and page.count("data:image/png") == 2
+    assert "over tuned sft" in said
+    with monkeypatch.context() as patch:  # as where the budget was spent by then
+        patch.setattr(whole, "search_trials", lambda name: trials[name][:1])
+        said = report.sentence(whole, whole.verdict())
+        assert "over sft" in said and said.endswith("nothing has been tuned.")
     # On all rows, to where the study is; the plain arguments are the user's.
     best = yaml.safe_load((folder / "whole" / "best.yaml").read_text())
     winner = whole.verdict().winner

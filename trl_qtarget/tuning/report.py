@@ -54,15 +54,25 @@ def write(study: Study) -> str:
 
 def sentence(study: Study, verdict: Verdict) -> str:
     """The verdict in words."""
-    metric = study.plan.evaluation.metric.name
+    metric, sft = study.plan.evaluation.metric.name, _sft(study)
+    note = "" if _tuned(study) else " One trial of each method was all the time there was: nothing has been tuned."
     if verdict.winner is None:
         best = max(verdict.judged, key=lambda each: each.difference.value, default=None)
         if best is None:
-            return KEEP
-        return f"{KEEP} (The nearest was {best.name}, {gain(best.difference, metric)} over tuned sft.)"
+            return KEEP + note
+        return f"{KEEP} (The nearest was {best.name}, {gain(best.difference, metric)} over {sft}.){note}"
     name, params = verdict.winner.name, _params(study, verdict.winner.name)
     won = gain(verdict.winner.difference, metric)
-    return f"Take {name} ({words(params)}): {won} over tuned sft, beyond chance."
+    return f"Take {name} ({words(params)}): {won} over {sft}, beyond chance.{note}"
+
+
+def _tuned(study: Study) -> bool:
+    """Whether any method had more than its first trial, which has the recipe's settings."""
+    return any(len(study.search_trials(each.name)) > 1 for each in study.plan.candidates)
+
+
+def _sft(study: Study) -> str:
+    return "tuned sft" if _tuned(study) else "sft"
 
 
 def gain(difference: Difference, metric: str) -> str:
@@ -209,7 +219,7 @@ def _gains(study: Study, verdict: Verdict) -> Any:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(shown)), [name for name, _ in reversed(shown)])
     axes.set_ylim(-0.6, len(shown) - 0.4)
-    axes.set_xlabel(f"{study.plan.evaluation.metric.name} minus that of tuned sft (± 2 standard errors)")
+    axes.set_xlabel(f"{study.plan.evaluation.metric.name} minus that of {_sft(study)} (± 2 standard errors)")
     axes.grid(alpha=0.3, axis="x")
     return figure
 
@@ -237,7 +247,7 @@ def _search(study: Study) -> Any:
 
 
 _CAPTIONS = {
-    "gains": "Gains over tuned sft in the confirmation, with two standard errors.",
+    "gains": "Gains over sft in the confirmation, with two standard errors.",
     "search": "Scores in the search by learning rate.",
 }
 
