@@ -214,6 +214,7 @@ def test_the_command(tmp_path, capsys, logged):
     assert main([*cache, "--own_tokens", "true"]) == 0
     share = PriorCache(tmp_path / "cache").known_share
     assert 0.1 < share < 1 and any(f"Of {share:.1%} of the labels" in line for line in logged())
+    assert "NaN where the prior's own tokens" in (tmp_path / "cache" / "README.md").read_text()
     trained = ["--prior_cache", str(tmp_path / "cache"), "--max_steps", "2", "--output_dir", str(tmp_path / "out")]
     assert sft.main([*words, *trained]) == 0
     assert "which reads its own tokens" in (tmp_path / "out" / "README.md").read_text()

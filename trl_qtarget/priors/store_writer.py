@@ -204,6 +204,7 @@ def _card(manifest: Manifest) -> str:
         if manifest.form == "hidden"
         else "`ids[R, k]` and `log_probs[R, k]`, the most probable tokens; `label_log_probs[R]`; `rest_log_mass[R]`, "
         "the log-probability of all other tokens together"
+        + (", NaN where the prior's own tokens say nothing of the label" if manifest.own_tokenizer else "")
     )
     return f"""---
 tags: [trl-qtarget, distillation]
