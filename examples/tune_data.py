@@ -82,7 +82,7 @@ def main() -> None:
         "metric": "greedy_accuracy",
         "max_new_tokens": 48,
         "trials": 3,
-        "budget": "50m",
+        "budget": "1h",
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     print(f"trl-qtarget tune --config {folder / 'recipe.yaml'}")
