@@ -31,7 +31,7 @@ def _answer(kind: type[Exception]) -> Exception:
 )
 def test_what_the_hub_answers(monkeypatch, tmp_path, kind, why):
     def download(name: str, file: str, revision: str | None) -> None:
-        assert (name, file, revision) == ("a/b", "config.json", "old")
+        assert (name, revision) == ("a/b", "old")
         raise _answer(kind)
 
     monkeypatch.setattr(models, "hf_hub_download", download)
@@ -46,4 +46,4 @@ def test_what_the_hub_answers(monkeypatch, tmp_path, kind, why):
             with pytest.raises(ValueError, match=why):
                 check_named(*arguments)
     with pytest.raises(ValueError, match="`model_name_or_path` is missing: name the model to inspect"):
-        check_named(ModelConfig(), ReferenceArguments(), "inspect")
+        check_named(ModelConfig(), ReferenceArguments(), verb="inspect")

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     if wanted.own_tokens and (reference.ref_model_name_or_path is None or wanted.form != "top_k"):
         raise ValueError("`own_tokens` are of a `ref_model_name_or_path`, and of the form `top_k`: give both.")
-    check_named(model, reference)
+    check_named(model, reference, training.model_init_kwargs)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_qtarget").setLevel(logging.INFO)
 
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str]) -> int:
     if wanted.own_tokens:  # the trainer only prepares the dataset
         trainer = make_trainer(script, training, model, mixture, QTargetConfig("sft"), ReferenceArguments())
         teacher = load_reference(reference, training)
-        tokenizer = find_tokenizer(reference.ref_model_name_or_path, training.model_init_kwargs)
+        tokenizer = find_tokenizer(teacher, training.model_init_kwargs)
         writer = WriterAcross(trainer, teacher, tokenizer, wanted.k)
     else:
         # The target only asks for the prior itself. Of a policy that is not trained, the start is the model as it is.

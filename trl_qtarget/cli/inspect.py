@@ -123,7 +123,7 @@ def main(arguments: Sequence[str]) -> int:
     if wanted.map:
         check_path(Path(wanted.map))
         check_installed("matplotlib", "plot", "map")
-    check_named(model, reference, "inspect")
+    check_named(model, reference, training.model_init_kwargs, "inspect")
     training.loss_type = "nll"  # `dft` is a target, which is among the methods by now if it is wanted
     logging.basicConfig(format="%(message)s")
     logging.getLogger("trl_qtarget").setLevel(logging.INFO)

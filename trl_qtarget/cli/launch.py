@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import yaml
 from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command_parser
@@ -95,7 +96,7 @@ def check(arguments: Sequence[str]) -> Checked:
         check_installed("deepspeed", "deepspeed", "deepspeed")
     checkpoint_of(training, resolved_target(config, model, reference), going_on.allow_new_target)
     check_data(script, mixture)
-    check_named(model, reference)
+    check_named(model, reference, training.model_init_kwargs)
     job = [sys.executable, "-m", JOB, *launch_arguments, "--module", SCRIPT, *script_arguments]
     return Checked(job, bool(on_cpu), training.output_dir)
 
@@ -103,6 +104,7 @@ def check(arguments: Sequence[str]) -> Checked:
 def _all_cores(launched: Any) -> list[str]:
     """The option of the launcher by which one process on the CPU has all cores: by itself it gives it a single one."""
     alone = launched.num_processes == 1 or (launched.num_processes is None and not os.path.isfile(default_config_file))
+    alone = alone and torch.accelerator.device_count() <= 1  # else the launcher starts a process for each
     if not alone or launched.config_file is not None or launched.num_cpu_threads_per_process is not None:
         return []
     threads = threads_each(1)

@@ -1,5 +1,6 @@
 """The models that arguments name: whether they are there, and how they are loaded."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -69,24 +70,31 @@ class ReferenceArguments:
             )
 
 
-def check_named(model: ModelConfig, reference: ReferenceArguments, verb: str = "train") -> None:
+def check_named(
+    model: ModelConfig, reference: ReferenceArguments, options: Mapping[str, Any] | None = None, verb: str = "train"
+) -> None:
     """Raise unless a model is named, and each that is named is a folder or on the hub.
 
     Without this, transformers would say after the dataset's preparation that it found something nowhere, and not what.
     """
     if model.model_name_or_path is None:
         raise ValueError(f"`model_name_or_path` is missing: name the model to {verb}.")
-    _check_found("model_name_or_path", model.model_name_or_path, model.model_revision)
+    _check_found("model_name_or_path", model.model_name_or_path, model.model_revision, options)
     if reference.ref_model_name_or_path is not None:
-        _check_found("ref_model_name_or_path", reference.ref_model_name_or_path, reference.ref_model_revision)
+        name, revision = reference.ref_model_name_or_path, reference.ref_model_revision
+        _check_found("ref_model_name_or_path", name, revision, options)
 
 
-def _check_found(argument: str, name: str, revision: str | None) -> None:
+def _check_found(argument: str, name: str, revision: str | None, options: Mapping[str, Any] | None) -> None:
     if Path(name).is_dir():
         return
     nothing = f"`{argument}`: there is no folder `{name}` here, and "
     try:
-        hf_hub_download(name, "config.json", revision=revision)
+        where = {key: value for key, value in (options or {}).items() if key in ("cache_dir", "token")}
+        try:
+            hf_hub_download(name, "config.json", revision=revision, **where)
+        except LocalEntryNotFoundError:
+            hf_hub_download(name, "adapter_config.json", revision=revision, **where)
     except LocalEntryNotFoundError:
         raise ValueError(f"{nothing}the hub cannot be reached to look for it: correct the path.") from None
     except RevisionNotFoundError:

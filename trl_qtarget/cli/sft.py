@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
             # First of all: two runs in a folder would also choose its checkpoints over each other.
             held.enter_context(one_run_in(training.output_dir))
             config = resolve_config(target_of(arguments, target), training)
-            check_named(model, reference)
+            check_named(model, reference, training.model_init_kwargs)
             check_extras(model, reference)
             checkpoint = checkpoint_of(training, resolved_target(config, model, reference), run.allow_new_target)
             trainer = make_trainer(script, training, model, mixture, config, reference)

@@ -5,6 +5,7 @@ there is about that label and its alternatives: each of its tokens is the policy
 one. Everywhere else it has said nothing about the policy's tokens that could be carried over without a guess.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ class Pieces:
     """The bytes that each id of a tokenizer stands for.
 
     Args:
-        tokenizer: a fast one, of bytes (GPT-2, Llama 3, Qwen) or characters with marks for spaces (Llama 2, Gemma).
+        tokenizer: a fast one of bytes, as those of GPT-2, Llama 3, Qwen, DeepSeek and SmolLM2. Others write one
+            character in several ways, or spaces that are not in the text.
         end: what to write for the token that ends a text, in the place of its own name.
 
     Raises:
@@ -33,11 +35,9 @@ class Pieces:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ValueError("It has no fast tokenizer, which alone says what its tokens stand for.")
-        kinds = _kinds(json.loads(backend.to_str()).get("decoder"))
+        if "ByteLevel" not in _kinds(json.loads(backend.to_str()).get("decoder")):
+            raise ValueError("Its tokens are not bytes, as those of GPT-2, Llama 3 and Qwen are.")
         self.tokenizer, self._end = tokenizer, end
-        self.in_bytes = "ByteLevel" in kinds
-        if not self.in_bytes and not {"Metaspace", "ByteFallback", "Replace"} & kinds:
-            raise ValueError(f"Its tokens are neither of bytes nor of characters with a mark for spaces ({kinds}).")
 
     @cached_property
     def _added(self) -> dict[int, str]:
@@ -60,11 +60,7 @@ class Pieces:
     def _bytes_of(self, id: int, token: str) -> bytes:
         if id in self._added:
             return self._added[id].encode()
-        if self.in_bytes:
-            return bytes(_BYTES[letter] for letter in token) if set(token) <= _BYTES.keys() else token.encode()
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes.fromhex(token[3:5])
-        return token.replace("▁", " ").encode()
+        return bytes(_BYTES[letter] for letter in token) if set(token) <= _BYTES.keys() else token.encode()
 
     def names(self) -> dict[tuple[bool, bytes], int]:
         """The id of some bytes, of text (False) and of control (True); of several the lowest."""
@@ -125,6 +121,10 @@ class Crossing:
         for id, piece in self.teacher.by_id.items():
             if id < teacher_rows and (name := (id in self.teacher.special, piece)) in ours:
                 of_teacher[id] = ours[name]
+        theirs, own = teacher.eos_token_id, policy.eos_token_id
+        if None not in (theirs, own) and theirs < teacher_rows and own < rows:
+            of_teacher[of_teacher == own] = -1  # whatever else is called like it
+            of_teacher[theirs] = own
         # The policy's token of each of the teacher's, -1 where it has none; and which of its tokens these are, `[V]`.
         self.of_teacher = of_teacher
         self.shared = torch.zeros(rows, dtype=torch.bool).index_fill_(0, of_teacher[of_teacher >= 0], True)
@@ -134,6 +134,9 @@ class Crossing:
     def read(self, ids: Sequence[int]) -> Reading:
         """How the teacher reads an example of the policy's `ids`; where its text is another, nothing is carried."""
         pieces = [self.policy.by_id.get(id, b"") for id in ids]
+        policy = self.policy.tokenizer
+        if ids and ids[0] == policy.bos_token_id != policy.eos_token_id:
+            pieces[0] = b""  # the teacher begins a text in its own way
         text = b"".join(pieces)
         try:
             words = text.decode()
@@ -143,19 +146,28 @@ class Crossing:
         if max(theirs, default=0) >= self.teacher_rows:  # a token that the model itself has not
             return Reading([], {})
         read = [self.teacher.by_id.get(id, b"") for id in theirs]
-        again = b"".join(read)
-        # A mark for the space before the first word stands there whether the text has one or not.
-        ahead = len(again) - len(text)
-        if ahead not in (0, 1) or again[ahead:] != text or again[:ahead].strip():
+        if b"".join(read) != text:
             return Reading([], {})
-        ends = {end - ahead: place for place, end in enumerate(accumulate(map(len, read))) if read[place]}
+        our_ends, their_ends = list(accumulate(map(len, pieces))), list(accumulate(map(len, read)))
+        # What is text to the policy must not control the teacher.
+        controls = {end for end, id in zip(our_ends, ids, strict=True) if id in self.policy.special}
+        if any(id in self.teacher.special and end not in controls for end, id in zip(their_ends, theirs, strict=True)):
+            return Reading([], {})
+        ends = {end: place for place, end in enumerate(their_ends) if read[place]}
         places, first = {}, len(self.prefix) - 1
-        for place, end in enumerate(accumulate(map(len, pieces))):
+        for place, end in enumerate(our_ends):
             found = ends.get(end)
             # The same bytes up to here, so the same token if one is the other's.
-            if found is not None and self.of_teacher[theirs[found]] == ids[place] and first + found >= 0:
+            same = found is not None and self.of_teacher[theirs[found]] == ids[place] and read[found] == pieces[place]
+            if same and first + found >= 0:
                 places[place] = first + found
         return Reading([*self.prefix, *theirs], places)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of what is carried over to what."""
+        facts = self.of_teacher.numpy().tobytes() + str((self.prefix, self.policy.tokenizer.eos_token_id)).encode()
+        return hashlib.sha256(facts).hexdigest()[:16]
 
     def carried(self, log_probs: Tensor, labels: Tensor, k: int) -> dict[str, Tensor]:
         """What a teacher's `log_probs[n, V of the teacher]` say of the policy's tokens.

@@ -171,7 +171,7 @@ class PriorCache:
     def known_share(self) -> float:
         """The share of its rows, of the form `top_k`, of which something is known."""
         silent = [shard["rest_log_mass"].isnan() for shard in self._shards]
-        return 1 - torch.cat(silent).double().mean().item()
+        return 1 - torch.cat(silent).double().mean().item() if silent else 0.0
 
     @property
     def head(self) -> Path:

@@ -56,7 +56,7 @@ class WriterAcross(Writer):
         with gathered(states.head()) as (head,):
             manifest = self._manifest("top_k", k, states, head)
         title = f"the reference model (`{name_of(teacher)}`), which reads its own tokens"
-        self.manifest = replace(manifest, vocabulary=self.rows, prior=title, own_tokenizer=own)
+        self.manifest = replace(manifest, vocabulary=self.rows, prior=title, own_tokenizer=self.crossing.fingerprint)
 
     def _of_batch(self, examples: list[Example], datasets: list[Dataset]) -> list[Mapping[str, Tensor]]:
         whole = [row_of(datasets, example.row)["input_ids"] for example in examples]
@@ -76,7 +76,13 @@ class WriterAcross(Writer):
                     asked.append((number, place, ids[position], row))
                 row += 1
         if asked:
-            states = self._states([reading.ids or [0] for reading in readings])
+            # Of those alone, and no further than is asked.
+            lasts: dict[int, int] = {}
+            for number, place, *_ in asked:
+                lasts[number] = max(place, lasts.get(number, 0))
+            states = self._states([readings[number].ids[: last + 1] for number, last in lasts.items()])
+            rows_of = {number: row for row, number in enumerate(lasts)}
+            asked = [(rows_of[number], *rest) for number, *rest in asked]
             numbers, places, labels, own = torch.tensor(asked, device=states.hidden.device).T
             with gathered(states.head(), device=states.hidden.device) as (head,):
                 for block, log_probs in log_probs_by_block(states.hidden[numbers, places], head):
