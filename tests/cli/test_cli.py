@@ -153,6 +153,10 @@ def test_one_process_on_the_cpu_has_all_cores(folder, monkeypatch):
 
     words = job("--num_processes", "1")
     assert words[words.index(option) + 1] == "6" and words.index(option) < words.index("--module")
+    assert option in job()
+    with monkeypatch.context() as patch:  # where the launcher would start four
+        patch.setattr("torch.accelerator.device_count", lambda: 4)
+        assert option not in job()
     assert option not in job("--num_processes", "2") and job(option, "3").count(option) == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert option not in job("--num_processes", "1")

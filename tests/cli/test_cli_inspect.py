@@ -1,6 +1,7 @@
 """`trl-qtarget inspect`: one file from a model and a dataset on disk."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -42,12 +43,15 @@ def _data(page):
     return json.loads(text[text.index(">", start) + 1 : text.index("</script>", start)])
 
 
-def test_page_of_several_methods_with_a_teacher(folder, tmp_path, capsys):
+def test_page_of_several_methods_with_a_teacher(folder, tmp_path, capsys, caplog):
     output, found = tmp_path / "new" / "page.html", tmp_path / "other" / "suspicious.jsonl"
     arguments = ["--methods", "dft", "asft:lam=0.2", "target_sft", "--examples", "4", "--suspicious", str(found)]
     teacher = ["--ref_model_name_or_path", str(folder / "teacher")]
-    assert cli.main(_command(folder, output, *arguments, *teacher)) == 0
+    with caplog.at_level(logging.INFO, "trl_qtarget"), caplog.at_level(logging.WARNING, "trl.trainer.sft_trainer"):
+        assert cli.main(_command(folder, output, *arguments, *teacher)) == 0
     assert "4 examples" in capsys.readouterr().out
+    # Neither of arguments that have done their work, nor of a target that is not trained toward.
+    assert "model_init_kwargs" not in caplog.text and "Target: " not in caplog.text
     data = _data(output)
     assert [method["name"] for method in data["methods"]] == ["dft", "asft", "target_sft"]
     assert data["methods"][1]["knobs"] == {"lam": 0.2}

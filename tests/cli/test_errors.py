@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 
 from trl_qtarget import cli
 from trl_qtarget.cli import errors, launch, sft
+from trl_qtarget.cli.noise import quiet
 
 
 pytestmark = pytest.mark.usefixtures("_environment")
@@ -228,3 +230,12 @@ def test_ctrl_c_ends_a_launch(folder, tmp_path):  # noqa: F811
 
 def test_word_of_what_is_left_without_a_checkpoint(tmp_path):
     assert sft.interrupted(str(tmp_path)) == f"interrupted; there is no whole checkpoint in {tmp_path}."
+
+
+def test_what_a_user_cannot_act_on_is_not_said():
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        with quiet():
+            for name in ("gradient_checkpointing", "is_gradient_checkpointing", "something_else"):
+                warnings.warn(f"`{name}` is deprecated and will be removed", FutureWarning, stacklevel=1)
+    assert [str(each.message).split("`")[1] for each in heard] == ["something_else"]

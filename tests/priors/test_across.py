@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models
 from training import make_trainer, other_model, warm_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -50,20 +50,11 @@ def permuted_model(order: torch.Tensor) -> LlamaForCausalLM:
     return model
 
 
-def marked(size: int = 300) -> PreTrainedTokenizerFast:
-    """A tokenizer of characters, with a mark for spaces, bytes to fall back to, and an end of text of its own."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=size + len(special), special_tokens=special[:3], show_progress=False)
-    tokenizer.train_from_iterator(tiny.sentences(200, seed=5), trainer)
-    tokenizer.add_tokens(special[3:])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
-    )
+def marked() -> PreTrainedTokenizerFast:
+    """A tokenizer of characters, with a mark for spaces."""
+    tokenizer = Tokenizer(models.BPE(vocab={"▁": 0, "a": 1}, merges=[]))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def small_words() -> PreTrainedTokenizerFast:
@@ -146,6 +137,18 @@ def test_all_of_the_probability_is_somewhere(name):
             torch.testing.assert_close(said["label_log_probs"][row], of[labels[row].item()])
 
 
+def test_what_the_teacher_has_no_token_for_is_not_among_the_k():
+    """However little probability is left for those that it has: float32 makes zero of it."""
+    teacher = small_words()
+    crossing = Crossing(tiny.tokenizer(), teacher, V, len(teacher))
+    log_probs = torch.full((1, len(teacher)), -300.0)
+    log_probs[0, 9] = 0.0
+    shared = crossing.shared.nonzero()[:, 0]
+    assert len(shared) < V
+    said = crossing.carried(log_probs, shared[:1], len(shared))
+    assert sorted(said["ids"][0].tolist()) == shared.tolist()
+
+
 def renamed(**names: str) -> PreTrainedTokenizerFast:
     """The tokenizer of the tests with control tokens of other names, and a beginning of text if one is named."""
     data = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
@@ -181,6 +184,30 @@ def test_text_that_spells_a_control_token_of_the_teacher_is_not_carried_over():
     ids = policy("the <|im_start|> model")["input_ids"]
     assert tiny.tokenizer().convert_tokens_to_ids("<|im_start|>") in tiny.tokenizer()("a<|im_start|>")["input_ids"]
     assert Crossing(policy, tiny.tokenizer(), V, V).read(ids).places == {}
+
+
+def test_no_more_is_read_than_is_asked_for(tmp_path, monkeypatch):
+    """A long document is trained on up to `max_length`; a teacher may not even have so many positions."""
+    read = []
+    states = WriterAcross._states
+    monkeypatch.setattr(WriterAcross, "_states", lambda self, ids: read.extend(map(len, ids)) or states(self, ids))
+    trainer = make_trainer(
+        QTargetSFTTrainer, tiny.text_dataset(), warm_model(), options={"max_length": None}, qtarget_config="sft"
+    )
+    tokenizer, order = permuted()
+    writer = WriterAcross(trainer, permuted_model(order), tokenizer, 4)
+    read.clear()
+    write_cache(writer, tmp_path, slice(None, 4))
+    assert max(read) == 3 and max(map(len, trainer.train_dataset["input_ids"])) > 8
+    assert PriorCache(tmp_path).known_share == 1.0
+
+
+def test_a_cache_made_by_another_crossing_is_another_one():
+    policy, tokenizer = tiny.tokenizer(), permuted()[0]
+    one = Crossing(policy, tokenizer, V, V).fingerprint
+    assert Crossing(tiny.tokenizer(), tokenizer, V, V).fingerprint == one
+    policy.eos_token = "<|im_end|>"
+    assert Crossing(policy, tokenizer, V, V).fingerprint != one
 
 
 def cache_of(directory: Path, model, tokenizer, k: int) -> str:
@@ -263,9 +290,9 @@ def test_what_cannot_be_carried_over_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"is more than the {V} tokens that the policy shares"):
         WriterAcross(trainer, other_model(), permuted()[0], V + 1)
     with pytest.raises(ValueError, match="Its tokens are not bytes"):
-        Crossing(tiny.tokenizer(), marked(), V, 600)
+        Crossing(tiny.tokenizer(), marked(), V, 2)
     with pytest.raises(ValueError, match="Its tokens are not bytes"):
-        Crossing(marked(), tiny.tokenizer(), 600, V)
+        Crossing(marked(), tiny.tokenizer(), 2, V)
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     words.decoder = decoders.WordPiece()
     with pytest.raises(ValueError, match="`own_tokens`: a tokenizer cannot be compared by its bytes"):

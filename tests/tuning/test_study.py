@@ -232,3 +232,25 @@ def test_command_line_and_recipe_are_one(tmp_path):
         "num_processes": "2",
     }
     json.dumps(recipe)
+
+
+def test_workers_on_the_cpu_share_its_cores(monkeypatch):
+    started = []
+
+    class Process:
+        pid = 0
+
+        def __init__(self, command, env, stdout):
+            started.append(env.get("OMP_NUM_THREADS"))
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(tune.subprocess, "Popen", Process)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert tune._share([], 3) == 0 and started == ["2"] * 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")  # as the user has said
+    assert tune._share([], 2) == 0 and started[3:] == ["5"] * 2

@@ -20,6 +20,7 @@ from trl import ModelConfig, SFTConfig
 
 from ..priors.loading import reference_options
 from ..priors.reference import load_model
+from ..priors.tokens import OF_FETCHING
 from .errors import check_installed
 
 
@@ -90,7 +91,7 @@ def _check_found(argument: str, name: str, revision: str | None, options: Mappin
         return
     nothing = f"`{argument}`: there is no folder `{name}` here, and "
     try:
-        where = {key: value for key, value in (options or {}).items() if key in ("cache_dir", "token")}
+        where = {key: value for key, value in (options or {}).items() if key in OF_FETCHING and key != "proxies"}
         try:
             hf_hub_download(name, "config.json", revision=revision, **where)
         except LocalEntryNotFoundError:

@@ -7,6 +7,7 @@ import re
 import textwrap
 from argparse import ArgumentParser
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,9 @@ class _Page:
     own_words: dict[str, str]
 
 
+@cache
 def _pages() -> dict[str, _Page]:
+    teacher = [name for name in _names(ReferenceArguments) if name != "prior_cache"]
     sft = _Page(
         _SFT,
         make_parser("trl-qtarget sft"),
@@ -129,13 +132,15 @@ def _pages() -> dict[str, _Page]:
             "launch": (_LAUNCH,),
             "model": ("model_name_or_path", "dtype", "attn_implementation", "use_peft", "lora_r", "load_in_4bit"),
             "data": (
-                *_DATA[:2],
+                "dataset_name",
+                "dataset_train_split",
                 "dataset_test_split",
                 "test_split_size",
                 "dataset_streaming",
                 "max_length",
                 "packing",
-                *_DATA[3:],
+                "completion_only_loss",
+                "assistant_only_loss",
             ),
             "training": (*_TRAINING, RunArguments),
         },
@@ -147,21 +152,19 @@ def _pages() -> dict[str, _Page]:
         {
             "the page": (InspectArguments,),
             "the target, where `--methods` is not given (its knobs: `trl-qtarget sft --help`)": ("method",),
-            _REFERENCE: ([name for name in _names(ReferenceArguments) if name != "prior_cache"],),
+            _REFERENCE: (teacher,),
             "recipe": ({"config": _RECIPE_FILE} | _DEBUG,),
             "model": ("model_name_or_path", "dtype", "attn_implementation", "load_in_4bit"),
             "data": _DATA,
         },
         _OWN_WORDS | {"model_name_or_path": "Model to inspect, adapters too: path or hub id."},
     )
-    cache = _Page(
+    caching = _Page(
         _CACHE,
         Parser((CacheArguments, *RECIPE), prog="trl-qtarget cache"),
         {
             "the cache": ({"output_dir": "Its folder, which is another one than the training's."}, CacheArguments),
-            "the teacher (none: the base under adapters with `--use_peft`, else the model as it is)": (
-                [name for name in _names(ReferenceArguments) if name != "prior_cache"],
-            ),
+            "the teacher (none: the base under adapters with `--use_peft`, else the model as it is)": (teacher,),
             "recipe": ({"config": _RECIPE_FILE} | _DEBUG,),
             "model": ("model_name_or_path", "dtype", "attn_implementation", "use_peft", "load_in_4bit"),
             "data": (*_DATA, "packing", "per_device_eval_batch_size", "use_cpu"),
@@ -180,7 +183,7 @@ def _pages() -> dict[str, _Page]:
     tune = _Page(
         _TUNE, parser, {"the study": (own,), "recipe": ({"config": _RECIPE_FILE} | {"debug": _DEBUG["debug"]},)}, {}
     )
-    return {"sft": sft, "inspect": inspect, "cache": cache, "tune": tune}
+    return {"sft": sft, "inspect": inspect, "cache": caching, "tune": tune}
 
 
 def render(command: str) -> str:

@@ -126,7 +126,7 @@ class Crossing:
             of_teacher[of_teacher == own] = -1  # whatever else is called like it
             of_teacher[theirs] = own
         # The policy's token of each of the teacher's, -1 where it has none; and which of its tokens these are, `[V]`.
-        self.of_teacher = of_teacher
+        self.of_teacher, self._ids = of_teacher, of_teacher.tolist()
         self.shared = torch.zeros(rows, dtype=torch.bool).index_fill_(0, of_teacher[of_teacher >= 0], True)
         bare, framed = (teacher("a", add_special_tokens=added)["input_ids"] for added in (False, True))
         self.prefix = framed[: framed.index(bare[0])] if bare and bare[0] in framed else []
@@ -158,12 +158,11 @@ class Crossing:
         for place, end in enumerate(our_ends):
             found = ends.get(end)
             # The same bytes up to here, so the same token if one is the other's.
-            same = found is not None and self.of_teacher[theirs[found]] == ids[place] and read[found] == pieces[place]
-            if same and first + found >= 0:
+            if found is not None and self._ids[theirs[found]] == ids[place] and first + found >= 0:
                 places[place] = first + found
         return Reading([*self.prefix, *theirs], places)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Of what is carried over to what."""
         facts = self.of_teacher.numpy().tobytes() + str((self.prefix, self.policy.tokenizer.eos_token_id)).encode()

@@ -60,8 +60,8 @@ class Manifest:
         width: of the hidden states, of the form `hidden`.
         logit_scale, logit_softcap: what the head does with its product, of the form `hidden`.
         package: the version that has written it.
-        own_tokenizer: fingerprint of the prior's own tokens, where they are others than the policy's. What cannot be
-            carried over has NaN in the place of `rest_log_mass`, and nothing is known of that label.
+        own_tokenizer: fingerprint of how the prior's own tokens become the policy's, where they are others. What
+            cannot be carried over has NaN in the place of `rest_log_mass`, and nothing is known of that label.
     """
 
     form: str

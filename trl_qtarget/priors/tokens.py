@@ -35,7 +35,7 @@ _OWN_TOKENS = (
     "or have this one say once, in its own tokens, what can be carried over: `trl-qtarget cache --own_tokens true`."
 )
 # Where files come from. All else that loads a policy says which model it is.
-_OF_FETCHING = ("cache_dir", "token", "proxies", "local_files_only")
+OF_FETCHING = ("cache_dir", "token", "proxies", "local_files_only")
 
 
 class Tokens:
@@ -73,7 +73,7 @@ def find_tokenizer(reference: str | nn.Module, options: Mapping[str, Any] | None
     Raises:
         OSError: there is none.
     """
-    shared = {name: value for name, value in (options or {}).items() if name in _OF_FETCHING}
+    shared = {name: value for name, value in (options or {}).items() if name in OF_FETCHING}
     problem: Exception = OSError("its name is not known")
     for name, revision in _sources(reference):
         try:

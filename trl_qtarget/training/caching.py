@@ -35,6 +35,7 @@ from ..priors.store_writer import (
     write_card,
     write_tensors,
 )
+from ..priors.tokens import tokenizer_of
 from .trainer import QTargetSFTTrainer
 
 
@@ -140,8 +141,8 @@ class Writer:
             )
         self.trainer, self.prior = trainer, prior
         trainer.model.requires_grad_(False)  # else the policy's own prior would keep a copy of what is trained
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self.collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id or 0)
+        pad = tokenizer_of(processing_class).pad_token_id
+        self.collate = DataCollatorForLanguageModeling(pad_token_id=pad or 0)
         self.rows = vocabulary_of(base_model_of(trainer.model))
 
     def _manifest(self, form: str, k: int, states: PriorStates, head: Head) -> Manifest:

@@ -19,6 +19,7 @@ from ..priors.choice import name_of
 from ..priors.reference import ModelPrior, freeze
 from ..priors.store import PriorCache, tokenizer_fingerprint
 from ..priors.store_writer import Example
+from ..priors.tokens import tokenizer_of
 from .caching import Writer, row_of
 
 
@@ -45,10 +46,9 @@ class WriterAcross(Writer):
     def __init__(self, trainer: "QTargetSFTTrainer", teacher: PreTrainedModel, tokenizer: Any, k: int):
         placed, model = freeze(teacher, trainer.accelerator)
         self._ask(trainer, ModelPrior(placed, model), tokenizer)
-        ours = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+        ours = tokenizer_of(trainer.processing_class)
         self.crossing = Crossing(ours, tokenizer, self.rows, vocabulary_of(model))
-        own = tokenizer_fingerprint(tokenizer)
-        if own == tokenizer_fingerprint(ours):
+        if tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(ours):
             raise ValueError("`own_tokens`: the teacher has the policy's tokens, and needs no tokenizer of its own.")
         if k > (shared := int(self.crossing.shared.sum())):
             raise ValueError(f"`k={k}` is more than the {shared} tokens that the policy shares with the teacher.")
@@ -93,11 +93,10 @@ class WriterAcross(Writer):
         return [{name: values[number] for name, values in split.items()} for number in range(len(examples))]
 
 
-def say_share(directory: str | Path) -> float:
-    """Log, and return, the share of a cache's labels of which something is known."""
+def say_share(directory: str | Path) -> None:
+    """Log the share of a cache's labels of which something is known."""
     share = PriorCache(directory).known_share
     logger.info(
         f"Of {share:.1%} of the labels the teacher has said something: it has the same token at the same place. Of "
         "all others nothing is known, and the policy is its own prior there."
     )
-    return share
