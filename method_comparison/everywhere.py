@@ -35,18 +35,18 @@ class Choice:
 def choices(tested: Tested) -> list[Choice]:
     """Every method taken always, and the rules that take one in each setting by its tuning; the best first.
 
-    A control, which is a method for the second time, is judged and judges nobody: it would beat its twin by chance.
+    A control, which is a method for the second time, is judged and judges nobody: it would beat its twin by chance. A
+    variant for a few settings does neither.
     """
-    methods = {method.name: method.replica for method in tested.study.methods}
-    rules: dict[str, Rule] = {name: _always(name) for name in methods}
+    judges = {method.name for method in tested.study.methods if method.is_candidate}
+    rules: dict[str, Rule] = {method.name: _always(method.name) for method in tested.study.common_methods}
     rules[CHOOSER] = lambda setting, rows, measure: max(
-        (row for row in rows if not methods[row.name]), key=lambda row: row.tuning_score
+        (row for row in rows if row.name in judges), key=lambda row: row.tuning_score
     )
     rules[FAIR] = lambda setting, rows, measure: _fair(tested.finals(setting), rows, measure, tested)
     settings = [(setting, _methods(setting, tested)) for setting in tested.study.settings]
     settings = [(setting, rows) for setting, rows in settings if rows]
-    controls = {name for name, replica in methods.items() if replica}
-    found = [_judged(name, rule, settings, controls) for name, rule in rules.items()]
+    found = [_judged(name, rule, settings, judges) for name, rule in rules.items()]
     return sorted((each for each in found if each.settings), key=lambda each: (-sum(each.unbeaten), sum(each.regret)))
 
 
@@ -84,11 +84,11 @@ def _methods(setting: Setting, tested: Tested) -> list[Row]:
     return [row for row in tested.rows(setting) if row.tuning_score is not None]
 
 
-def _judged(name: str, rule: Rule, settings: list[tuple[Setting, list[Row]]], controls: set[str]) -> Choice:
+def _judged(name: str, rule: Rule, settings: list[tuple[Setting, list[Row]]], judges: set[str]) -> Choice:
     unbeaten, regret, count = [], [], 0
     for measure in MEASURES:
         taken = [
-            (row, [other for other in rows if other.name not in controls])
+            (row, [other for other in rows if other.name in judges])
             for setting, rows in settings
             if (row := rule(setting, rows, measure)) is not None
         ]

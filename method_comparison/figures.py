@@ -32,7 +32,7 @@ def draw(name: str, tested: Tested, directory: Path) -> Path:
 def _differences(tested: Tested) -> Any:
     """Methods by settings, coloured by the difference to SFT; a dot where it lies beyond two standard errors."""
     settings = tested.settings("sft")
-    names = [method.name for method in tested.study.methods if method.name != "sft"]
+    names = [method.name for method in tested.study.common_methods if method.name != "sft"]
     figure, axes = plt.subplots(figsize=(1.2 + 0.75 * len(settings), 1 + 0.36 * len(names)))
     image = None
     for line, name in enumerate(names):
@@ -58,7 +58,7 @@ def _differences(tested: Tested) -> Any:
 
 def _rates(tested: Tested) -> Any:
     """Tuning score by learning rate, each method in its settings."""
-    names = [method.name for method in tested.study.methods]
+    names = [method.name for method in tested.study.common_methods]
     columns = 5
     lines = -(-len(names) // columns)
     figure, grid = plt.subplots(lines, columns, figsize=(13, 2.4 * lines), sharex=True, sharey=True, squeeze=False)
@@ -83,7 +83,7 @@ def _noise(tested: Tested) -> Any:
     figure, grid = plt.subplots(1, len(MEASURES), figsize=(13, 4), sharey=True)
     colours = plt.get_cmap("tab20")
     for axes, measure in zip(grid, MEASURES, strict=True):
-        for number, method in enumerate(tested.study.methods):
+        for number, method in enumerate(tested.study.common_methods):
             rows = [tested.row(setting, method.name) for setting in settings]
             if rows and all(rows):
                 values = [100 * row.accuracy(measure) for row in rows]

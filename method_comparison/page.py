@@ -84,6 +84,7 @@ def _fill(mark: str, tested: Tested, directory: Path) -> str:
         "wins": tables.wins_table,
         "differences": tables.difference_table,
         "everywhere": tables.everywhere_table,
+        "variants": tables.variants_table,
         "rates": tables.rates_table,
         "ratios": tables.ratios_table,
         "knobs": tables.knobs_table,
@@ -120,7 +121,7 @@ def coverage(tested: Tested) -> str:
 
 def knob_names(tested: Tested) -> str:
     """Which knob of each method was tuned."""
-    return ", ".join(f"`{method.name}`: {method.knob}" for method in tested.study.methods if method.knob)
+    return ", ".join(f"`{method.name}`: {method.knob}" for method in tested.study.common_methods if method.knob)
 
 
 def _settings(tested: Tested) -> str:

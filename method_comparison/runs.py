@@ -112,7 +112,8 @@ def _trainer(run: Run, study: Study, models: Path, scratch: Path) -> QTargetSFTT
     reference = load(models, run.reference) if target.get("prior") == "model" else None
     prior = {"ref_model": reference}
     if run.top_k:
-        prior = {"prior_cache": str(_cache(reference, scratch / "cache", run.top_k, shared))}
+        rows = shared | {"eval_dataset": _right_solutions(_asked(run, study), run.seed)}
+        prior = {"prior_cache": str(_cache(reference, scratch / "cache", run.top_k, rows))}
     trainer = QTargetSFTTrainer(
         str(models / name),
         arguments(
@@ -134,11 +135,11 @@ def _trainer(run: Run, study: Study, models: Path, scratch: Path) -> QTargetSFTT
     return trainer
 
 
-def _cache(reference: PreTrainedModel, folder: Path, k: int, shared: dict[str, Any]) -> Path:
-    """What a reference says of the demonstrations, its k most probable tokens."""
+def _cache(reference: PreTrainedModel, folder: Path, k: int, rows: dict[str, Any]) -> Path:
+    """What a reference says of all that is trained on or measured with, its k most probable tokens."""
     options = arguments(folder / "unused", per_device_eval_batch_size=256, model_init_kwargs={"dtype": "float32"})
     policy = copy.deepcopy(reference)
-    trainer = QTargetSFTTrainer(policy, options, qtarget_config=prior_itself(), ref_model=reference, **shared)
+    trainer = QTargetSFTTrainer(policy, options, qtarget_config=prior_itself(), ref_model=reference, **rows)
     write_cache(Writer(trainer, k=k), folder)
     return folder
 
@@ -152,12 +153,11 @@ def _last_nll(history: list[dict[str, Any]], study: Study) -> float:
 
 
 def _measure(trainer: QTargetSFTTrainer, run: Run, study: Study) -> dict[str, Any]:
-    options = study.tuning if run.phase == TUNE else study.test
+    options = _measuring(run, study)
     forgetting = others(run, study)
     model, seed = trainer.model, run.seed
-    asked = problems(run.task, options["prompts"], run.phase, seed, distinct=True)
-    clean, _ = demonstrations(asked, "clean", 0.0, seed)
-    scores = trainer.evaluate(as_dataset(clean))
+    asked = _asked(run, study)
+    scores = trainer.evaluate(_right_solutions(asked, seed))
     results: dict[str, Any] = {
         "nll": round(scores["eval_target/nll"], 4),
         "entropy": round(scores["eval_entropy"], 4),
@@ -175,6 +175,19 @@ def _measure(trainer: QTargetSFTTrainer, run: Run, study: Study) -> dict[str, An
     for task in forgetting:
         results["others"][task] = _share_solved(model, task, run, options, longest)
     return results
+
+
+def _measuring(run: Run, study: Study) -> dict[str, Any]:
+    return study.tuning if run.phase == TUNE else study.test
+
+
+def _asked(run: Run, study: Study) -> list[Problem]:
+    return problems(run.task, _measuring(run, study)["prompts"], run.phase, run.seed, distinct=True)
+
+
+def _right_solutions(asked: list[Problem], seed: int) -> datasets.Dataset:
+    clean, _ = demonstrations(asked, "clean", 0.0, seed)
+    return as_dataset(clean)
 
 
 def others(run: Run, study: Study) -> list[str]:

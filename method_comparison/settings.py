@@ -28,7 +28,7 @@ class Method:
     where the setting has one), or a "teacher". A `replica` other than 0 means other demonstrations in another order: a
     method named twice shows how often the whole procedure finds a difference where there is none. With a `top_k` the
     reference runs once, and a cache of its so many most probable tokens is trained from. `only` names the settings
-    that take the method; none: all that can.
+    that take the method; none: all that can. `tuned_as` is another method whose tuning it takes over.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Method:
     replica: int = 0
     top_k: int = 0
     only: tuple[str, ...] = ()
+    tuned_as: str | None = None
 
     def target(self, knob: int, reference: str) -> dict[str, Any]:
         """Fields of the `QTargetConfig` with the knob at its `knob`-th value."""
@@ -49,6 +50,11 @@ class Method:
         if self.needs != "nothing":
             fields["prior"] = "base" if reference == "base" else "model"
         return fields
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether one would choose it: it is no method for the second time and no variant for a few settings."""
+        return not self.replica and not self.only
 
     @property
     def start(self) -> int:
@@ -101,6 +107,11 @@ class Study:
         parts = {name: value for name, value in asdict(self).items() if name not in which}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
+    @property
+    def common_methods(self) -> tuple[Method, ...]:
+        """All but the variants that only some settings take: what tables and figures of all settings have."""
+        return tuple(method for method in self.methods if not method.only)
+
     def method(self, name: str) -> Method:
         """The method of that name."""
         return next(method for method in self.methods if method.name == name)
@@ -149,7 +160,8 @@ def _method(name: str, fields: dict[str, Any]) -> Method:
     config = fields.get("config", {"method": name})
     needs = fields.get("needs", "nothing")
     ladder = tuple(fields.get("ladder", (0,)))
-    rest = fields.get("replica", 0), fields.get("top_k", 0), tuple(fields.get("only", ()))
+    only, tuned_as = tuple(fields.get("only", ())), fields.get("tuned_as")
+    rest = fields.get("replica", 0), fields.get("top_k", 0), only, tuned_as
     method = Method(name, needs, config, knob, ladder, fields.get("default"), *rest)
     if needs not in ("nothing", "reference", "teacher"):
         raise ValueError(f"`needs={needs!r}` of `{name}` must be 'nothing', 'reference' or 'teacher'.")

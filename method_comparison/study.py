@@ -36,6 +36,11 @@ class Cell:
     setting: Setting
     method: Method
 
+    def of_tuning(self, study: Study) -> "Cell":
+        """The cell whose tuning decides: this one, unless the method takes over another's."""
+        other = self.method.tuned_as
+        return Cell(self.setting, study.method(other)) if other else self
+
     def search(self, study: Study) -> Search:
         """How its configurations are searched."""
         tuning = study.tuning
@@ -48,9 +53,9 @@ class Cell:
 
     def scores(self, study: Study, store: Store) -> tuple[dict[Point, float], Point | None]:
         """Scores of the points that are known, and the point to try next; None when the search is over."""
-        search, scores = self.search(study), {}
+        search, scores, tuned = self.search(study), {}, self.of_tuning(study)
         while (point := search.next(scores)) is not None:
-            key = self.run(study, point, TUNE, study.tuning["seed"]).key
+            key = tuned.run(study, point, TUNE, study.tuning["seed"]).key
             if key not in store:
                 return scores, point
             scores[point] = runs.score(store[key], self.setting, study)
@@ -78,7 +83,7 @@ def finalists(setting_cells: list[Cell], study: Study, store: Store) -> list[Cel
         return []
     scored = []
     for cell in setting_cells:
-        if cell.method.replica:  # a method for the second time
+        if not cell.method.is_candidate:
             continue
         found, following = cell.scores(study, store)
         if following is not None:
@@ -112,7 +117,7 @@ def pending(study: Study, store: Store) -> Iterator[Run]:
     for cell in cells(study):
         point = cell.scores(study, store)[1]
         if point is not None:
-            yield cell.run(study, point, TUNE, study.tuning["seed"])
+            yield cell.of_tuning(study).run(study, point, TUNE, study.tuning["seed"])
         else:
             yield from (run for run in cell.tests(study, store) if run.key not in store)
     for setting in study.settings:

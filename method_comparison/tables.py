@@ -69,7 +69,7 @@ def _others(row: Row, base: Row | None) -> str:
 def difference_table(tested: Tested, baseline: str, measure: str) -> str:
     """Methods by settings: difference to a baseline, bold beyond two standard errors; each pair of trainings once."""
     settings, lines = tested.settings(baseline), []
-    for name in [BASE, *(method.name for method in tested.study.methods)]:
+    for name in [BASE, *(method.name for method in tested.study.common_methods)]:
         compared = tested.compared(name, baseline)
         if compared:
             cells = [
@@ -90,7 +90,7 @@ def wins_table(tested: Tested, baseline: str) -> str:
     The median is that of the differences at the best temperature: a mean would show the one setting that went astray.
     """
     lines = []
-    for method in tested.study.methods:
+    for method in tested.study.common_methods:
         found = _differences(method.name, tested, baseline)
         if not found:
             continue
@@ -126,7 +126,7 @@ def everywhere_table(tested: Tested) -> str:
 def choices_table(tested: Tested, cell: Callable[[Row], str]) -> str:
     """Methods by settings: what tuning chose."""
     settings, lines = tested.study.settings, []
-    for method in tested.study.methods:
+    for method in tested.study.common_methods:
         rows = [tested.row(setting, method.name) for setting in settings]
         if any(rows):
             lines.append([f"`{method.name}`", *(cell(row) if row else "" for row in rows)])
@@ -149,13 +149,26 @@ def ratios_table(tested: Tested) -> str:
         if all(row and not row.on_edge for row in twice):
             rates[setting] = statistics.geometric_mean(row.learning_rate for row in twice)
     lines = []
-    for method in tested.study.methods:
+    for method in tested.study.common_methods:
         shared = [setting for setting in tested.compared(method.name, "sft") if setting in rates]
         ratios = [tested.row(setting, method.name).learning_rate / rates[setting] for setting in shared]
         if len(ratios) > 1:
             first, middle, third = statistics.quantiles(ratios, n=4, method="inclusive")
             lines.append([f"`{method.name}`", str(len(ratios)), f"{middle:.1f}", f"{first:.1f} to {third:.1f}"])
     return table(["method", "settings", "median, × the rate of `sft`", "middle half"], lines)
+
+
+def variants_table(tested: Tested) -> str:
+    """Methods that only some settings take, each beside the method of which it is a variant."""
+    lines = []
+    for variant in (method for method in tested.study.methods if method.only):
+        original = variant.config["method"]
+        for setting in (each for each in tested.study.settings if each.name in variant.only):
+            row, other = tested.row(setting, variant.name), tested.row(setting, original)
+            if row and other:
+                cells = [_against(row, other, measure) for measure in MEASURES]
+                lines.append([f"`{variant.name}`", setting.name, f"`{original}`", *cells])
+    return table(["method", "setting", "minus", *MEASURES], lines)
 
 
 def knobs_table(tested: Tested) -> str:
