@@ -30,7 +30,10 @@ class ReferenceArguments:
 
     ref_model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Reference model or teacher: path or hub id. It must have the policy's tokenizer."},
+        metadata={
+            "help": "Reference model or teacher: path or hub id. It must have the policy's tokens; "
+            "`trl-qtarget cache --own_tokens true` takes one of other tokens."
+        },
     )
     ref_model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the reference model."})
     ref_dtype: str | None = field(
