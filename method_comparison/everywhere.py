@@ -24,12 +24,14 @@ class Choice:
         settings: in how many settings it takes one.
         unbeaten: for each measure, in how many of them no method is better beyond two standard errors.
         regret: for each measure, the mean distance in accuracy to the best method in hindsight.
+        behind_sft: for each measure, the largest distance to plain SFT in a setting where that is better; 0 if nowhere.
     """
 
     name: str
     settings: int
     unbeaten: tuple[int, ...]
     regret: tuple[float, ...]
+    behind_sft: tuple[float, ...]
 
 
 def choices(tested: Tested) -> list[Choice]:
@@ -85,7 +87,7 @@ def _methods(setting: Setting, tested: Tested) -> list[Row]:
 
 
 def _judged(name: str, rule: Rule, settings: list[tuple[Setting, list[Row]]], judges: set[str]) -> Choice:
-    unbeaten, regret, count = [], [], 0
+    unbeaten, regret, behind_sft, count = [], [], [], 0
     for measure in MEASURES:
         taken = [
             (row, [other for other in rows if other.name in judges])
@@ -102,4 +104,7 @@ def _judged(name: str, rule: Rule, settings: list[tuple[Setting, list[Row]]], ju
         # A control may by chance be better than the best: then nothing is ahead of it.
         behind = [max(0.0, *(each.accuracy(measure) - row.accuracy(measure) for each in rows)) for row, rows in taken]
         regret.append(mean(behind) if behind else 0.0)
-    return Choice(name, count, tuple(unbeaten), tuple(regret))
+        plain = [(row, other) for row, rows in taken for other in rows if other.name == "sft"]
+        distances = (other.accuracy(measure) - row.accuracy(measure) for row, other in plain)
+        behind_sft.append(max([0.0, *distances]))
+    return Choice(name, count, tuple(unbeaten), tuple(regret), tuple(behind_sft))

@@ -118,8 +118,9 @@ def everywhere_table(tested: Tested) -> str:
     for choice in choices(tested):
         name = choice.name if choice.name in RULES else f"`{choice.name}`"
         unbeaten = [f"{count} of {choice.settings}" for count in choice.unbeaten]
-        lines.append([name, *unbeaten, *(percent(regret) for regret in choice.regret)])
-    heads = ["always", *(f"unbeaten, {measure}" for measure in MEASURES), *(f"regret, {each}" for each in MEASURES)]
+        lines.append([name, *unbeaten, *map(percent, (*choice.regret, *choice.behind_sft))])
+    heads = [f"{what}, {measure}" for what in ("unbeaten", "regret", "behind `sft`") for measure in MEASURES]
+    heads = ["always", *heads]
     return table(heads, lines)
 
 

@@ -234,14 +234,15 @@ def test_one_choice_everywhere_is_judged_by_all_but_controls():
     tested._rows["unseen"]["target_sft_k8"] = row("target_sft_k8", right, 0.99)  # a variant: not to be chosen
     found = {choice.name: choice for choice in everywhere.choices(tested)}
     assert next(iter(found)) in (everywhere.CHOOSER, "sft_again") and "target_sft_k8" not in found
-    for name, count, unbeaten, regret in (
-        (everywhere.CHOOSER, 2, 2, 0.0),
-        ("sft", 2, 1, 0.5),
-        ("dft", 2, 1, 0.5),
-        ("sft_again", 1, 1, 0.0),
+    for name, count, unbeaten, regret, behind_sft in (
+        (everywhere.CHOOSER, 2, 2, 0.0, 0.0),
+        ("sft", 2, 1, 0.5, 0.0),
+        ("dft", 2, 1, 0.5, 1.0),
+        ("sft_again", 1, 1, 0.0, 0.0),
     ):
         assert found[name].settings == count
         assert found[name].unbeaten == (unbeaten,) * 3 and found[name].regret == (regret,) * 3, name
+        assert found[name].behind_sft == (behind_sft,) * 3, name
 
 
 def test_fair_chooser_takes_sft_unless_something_is_better_beyond_its_error():
