@@ -63,9 +63,9 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def load(folder: Path) -> PreTrainedModel:
-    """The model as it is before training, in float32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def load(study: Study, directory: Path) -> PreTrainedModel:
+    """The model as it is before training."""
+    return AutoModelForCausalLM.from_pretrained(directory / study.model["name"], dtype=study.model["dtype"])
 
 
 def adapter(study: Study) -> LoraConfig:
