@@ -24,7 +24,7 @@ class Choice:
         settings: in how many settings it takes one.
         unbeaten: for each measure, in how many of them no method is better beyond two standard errors.
         regret: for each measure, the mean distance in accuracy to the best method in hindsight.
-        behind_sft: for each measure, the largest distance to plain SFT in a setting where that is better; 0 if nowhere.
+        behind_sft: for each measure, the largest distance to plain SFT where that is better; 0 if it is nowhere.
     """
 
     name: str

@@ -142,6 +142,13 @@ def read(
     if quick:
         values = _merged(values, yaml.safe_load((folder / "quick.yaml").read_text(encoding="utf-8")))
     methods = tuple(_method(name, fields or {}) for name, fields in values.pop("methods").items() if fields != "out")
+    by_name = {method.name: method for method in methods}
+    for method in methods:
+        if method.tuned_as and getattr(by_name.get(method.tuned_as), "ladder", None) != method.ladder:
+            raise ValueError(
+                f"`tuned_as={method.tuned_as!r}` of `{method.name}` must be a method with the same `ladder`, or the "
+                "knob that is taken over would be another one."
+            )
     found = values.pop("settings").items()
     settings = tuple(_setting(name, fields, tasks) for name, fields in found if fields != "out")
     return study(methods=methods, settings=settings, **values)

@@ -112,13 +112,18 @@ def test_a_run_without_a_prior_serves_settings_that_differ_in_the_reference():
     assert len(keys) == 2
 
 
-def test_settings_refuse_nonsense():
+def test_settings_refuse_nonsense(tmp_path):
     with pytest.raises(ValueError, match="`task='sums'` of the setting `new` is unknown"):
         settings._setting("new", {"task": "sums", "kind": "clean", "share": 0, "reference": "base", "title": ""})
     with pytest.raises(ValueError, match="`default` of `asft`"):
         settings._method("asft", {"knob": "lam", "ladder": [0.1], "default": 0.05, "needs": "reference"})
     with pytest.raises(ValueError, match="`tau` is not used"):
         settings._method("asft", {"knob": "tau", "ladder": [0.1], "default": 0.1})
+    other = "  target_sft_other: {needs: reference, config: {method: target_sft}, tuned_as: target_sft}\n"
+    written = (settings.HERE / "settings.yaml").read_text(encoding="utf-8")
+    (tmp_path / "settings.yaml").write_text(written.replace("\nsettings:", f"{other}\nsettings:"), encoding="utf-8")
+    with pytest.raises(ValueError, match="must be a method with the same `ladder`"):
+        settings.read(tmp_path)
 
 
 # --- results ---
