@@ -27,6 +27,7 @@ from .batch import is_piece, take_columns
 from .columns import WEIGHTS_KEY, TokenColumns, count_scored, labels_of, sequences_of
 from .knowledge import SettlingMixin
 from .metrics import RunningMeans, judge_by_nll, local_sums
+from .quantized import keep_trainable
 from .refusals import refuse_what_cannot_work
 from .resolve import resolve_config
 from .saving import CheckpointMixin
@@ -121,6 +122,7 @@ class QTargetMixin(CheckpointMixin, SettlingMixin, SplitMixin):
 
         self.loss_is_scaled_for_ga = None  # by what follows
         refuse_what_cannot_work(self)
+        keep_trainable(self.model)
         self._split = split_sequences(self.accelerator, self.model, self.args, self.data_collator)
         self.data_collator = self._splittable(self._collator_of_columns(self.data_collator))
         if judge_by_nll(self.args, self.eval_dataset):
