@@ -47,7 +47,7 @@ def choices(tested: Tested) -> list[Choice]:
     )
     rules[FAIR] = lambda setting, rows, measure: _fair(tested.finals(setting), rows, measure, tested)
     settings = [(setting, _methods(setting, tested)) for setting in tested.study.settings]
-    settings = [(setting, rows) for setting, rows in settings if rows]
+    settings = [(setting, rows) for setting, rows in settings if any(row.name in judges for row in rows)]
     found = [_judged(name, rule, settings, judges) for name, rule in rules.items()]
     return sorted((each for each in found if each.settings), key=lambda each: (-sum(each.unbeaten), sum(each.regret)))
 
