@@ -43,8 +43,8 @@ class Cell:
 
     def search(self, study: Study) -> Search:
         """How its configurations are searched."""
-        tuning = study.tuning
-        return Search(len(self.method.ladder), self.method.start, tuning["runs"], tuning["extra"])
+        method, tuning = self.of_tuning(study).method, study.tuning
+        return Search(len(method.ladder), method.start, tuning["runs"], tuning["extra"])
 
     def run(self, study: Study, point: Point, phase: str, seed: int) -> Run:
         """The run at a point of the search."""

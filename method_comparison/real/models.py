@@ -63,9 +63,9 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def load(study: Study, directory: Path) -> PreTrainedModel:
+def load(folder: Path, dtype: str) -> PreTrainedModel:
     """The model as it is before training."""
-    return AutoModelForCausalLM.from_pretrained(directory / study.model["name"], dtype=study.model["dtype"])
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 def adapter(study: Study) -> LoraConfig:

@@ -64,7 +64,7 @@ def _trainer(run: Run, study: Study, folder: Path, scratch: Path) -> QTargetSFTT
     seed = 1000 * (run.seed + 1) + (500 if run.phase == TUNE else 0) + 100 * run.replica
     asked = make_problems(run.task, options["demonstrations"], "train", seed)
     trainer = QTargetSFTTrainer(
-        models.load(study, folder.parent),
+        models.load(folder, study.model["dtype"]),
         arguments(
             scratch,
             num_train_epochs=options["epochs"],
