@@ -20,12 +20,13 @@ STEPS = 12
 EVERY_STEP = ("loss", "entropy", "mean_token_accuracy", "grad_norm", "num_tokens")
 
 # Both sides add up the same float32 numbers in another order. A step differs by a few roundings, and starts from the
-# difference that the steps before it have left. Measured over all cases, the worst of 12 steps: 1.1e-5 of a logged
-# number (a grad_norm; the losses stay within 2e-6), and 1.2e-5 of the way that a trained tensor has gone, beyond the
-# rounding of the tensor itself, which it gets at every step. Both bounds are four times that, for other machines.
+# difference that the steps before it have left. Measured over all cases with the sums of three kinds of CPU (AVX-512,
+# AVX2, none), the worst of 12 steps: 1.2e-5 of a logged number (a grad_norm; the losses stay within 3e-6), and 3.2e-6
+# of the way that a trained tensor has gone, beyond the rounding of the tensor itself, which it gets at every step.
+# Both bounds are four times that, for other machines.
 LOG_TOLERANCE = 5e-5
-# TRL 1.9 adds up in another order, which took 1.15 of the bound for later ones.
-WEIGHT_TOLERANCE = 1e-4 if REFUSES_AUX_LOSS else 5e-5
+# TRL 1.9 adds up in another order and needs more than later ones.
+WEIGHT_TOLERANCE = 1e-4 if REFUSES_AUX_LOSS else 1.3e-5
 WEIGHT_ROUNDING = STEPS * torch.finfo(torch.float32).eps
 
 
@@ -91,6 +92,10 @@ _NO_TRUTH = [
 ]
 
 
+# At the usual rate of SGD here a step may overshoot, and each such step multiplies the roundings of those before it.
+STABLE = {"sgd": {"learning_rate": 0.25}, "adamw": {}}
+
+
 def run(cls: type[SFTTrainer], case: Case, optim: str, options: dict[str, Any], **arguments: Any) -> Run:
     return train(
         cls,
@@ -98,7 +103,7 @@ def run(cls: type[SFTTrainer], case: Case, optim: str, options: dict[str, Any], 
         case.model(),
         steps=STEPS,
         optim=optim,
-        options={"eval_strategy": "steps", "eval_steps": 4} | case.options | options,
+        options={"eval_strategy": "steps", "eval_steps": 4} | STABLE[optim] | case.options | options,
         eval_dataset=case.dataset(10, 2),
         **case.arguments(),
         **arguments,
