@@ -24,14 +24,15 @@ class Choice:
         settings: in how many settings it takes one.
         unbeaten: for each measure, in how many of them no method is better beyond two standard errors.
         regret: for each measure, the mean distance in accuracy to the best method in hindsight.
-        behind_sft: for each measure, the largest distance to plain SFT where that is better; 0 if it is nowhere.
+        behind_sft: for each measure, the largest distance to plain SFT where that is better: 0 if it is nowhere,
+            None if it was not tested there.
     """
 
     name: str
     settings: int
     unbeaten: tuple[int, ...]
     regret: tuple[float, ...]
-    behind_sft: tuple[float, ...]
+    behind_sft: tuple[float | None, ...]
 
 
 def choices(tested: Tested) -> list[Choice]:
@@ -105,6 +106,6 @@ def _judged(name: str, rule: Rule, settings: list[tuple[Setting, list[Row]]], ju
         behind = [max(0.0, *(each.accuracy(measure) - row.accuracy(measure) for each in rows)) for row, rows in taken]
         regret.append(mean(behind) if behind else 0.0)
         plain = [(row, other) for row, rows in taken for other in rows if other.name == "sft"]
-        distances = (other.accuracy(measure) - row.accuracy(measure) for row, other in plain)
-        behind_sft.append(max([0.0, *distances]))
+        distances = [other.accuracy(measure) - row.accuracy(measure) for row, other in plain]
+        behind_sft.append(max(0.0, *distances) if distances else None)
     return Choice(name, count, tuple(unbeaten), tuple(regret), tuple(behind_sft))

@@ -37,6 +37,10 @@ or knob lies on an edge of what was tried.
 
 {{everywhere}}
 
+## Variants
+
+{{variants}}
+
 ## Learning rates and knobs
 
 {{rates}}
@@ -103,8 +107,7 @@ def facts(tested: Tested) -> str:
     days = [result["date"] for result in results]
     dates = " to ".join(sorted({min(days), max(days)}))
     machines = " and ".join(sorted({session["machine"] for session in store.sessions}))
-    versions = ", ".join(f"{name} {version}" for name, version in store.sessions[-1]["versions"].items())
-    return f"{len(store.results)} runs of seconds to minutes on one core each ({machines}), {dates}; {versions}."
+    return f"{len(store.results)} runs of seconds to minutes on one core each ({machines}), {dates}; {store.versions}."
 
 
 def coverage(tested: Tested) -> str:

@@ -57,6 +57,11 @@ class Method:
         return not self.replica and not self.only
 
     @property
+    def original(self) -> str | None:
+        """The published method that it trains with; None for a free combination."""
+        return self.config.get("method")
+
+    @property
     def start(self) -> int:
         """Index of the knob's default."""
         return self.ladder.index(self.default) if self.knob else 0
@@ -143,15 +148,29 @@ def read(
         values = _merged(values, yaml.safe_load((folder / "quick.yaml").read_text(encoding="utf-8")))
     methods = tuple(_method(name, fields or {}) for name, fields in values.pop("methods").items() if fields != "out")
     by_name = {method.name: method for method in methods}
+    found = values.pop("settings")
     for method in methods:
-        if method.tuned_as and getattr(by_name.get(method.tuned_as), "ladder", None) != method.ladder:
-            raise ValueError(
-                f"`tuned_as={method.tuned_as!r}` of `{method.name}` must be a method with the same `ladder`, or the "
-                "knob that is taken over would be another one."
-            )
-    found = values.pop("settings").items()
-    settings = tuple(_setting(name, fields, tasks) for name, fields in found if fields != "out")
+        _check_variant(method, by_name, found)
+    settings = tuple(_setting(name, fields, tasks) for name, fields in found.items() if fields != "out")
     return study(methods=methods, settings=settings, **values)
+
+
+def _check_variant(method: Method, methods: dict[str, Method], settings: Collection[str]) -> None:
+    """What a method says of other methods and of settings, those that are left out of a quick run included."""
+    if unknown := [name for name in method.only if name not in settings]:
+        raise ValueError(f"`only` of `{method.name}` names no setting: {', '.join(unknown)}.")
+    if method.only and method.original not in methods:
+        raise ValueError(f"`only` makes `{method.name}` a variant: its `config` must name a `method` of the study.")
+    if method.top_k and method.needs == "nothing":
+        raise ValueError(f"`top_k` of `{method.name}` needs a reference to cache: set `needs`.")
+    if method.tuned_as is None:
+        return
+    taken = methods.get(method.tuned_as)
+    if taken is None or taken.ladder != method.ladder or taken.tuned_as:
+        raise ValueError(
+            f"`tuned_as={method.tuned_as!r}` of `{method.name}` must be a method with the same `ladder` and a tuning "
+            "of its own, or the knob that is taken over would be another one."
+        )
 
 
 def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

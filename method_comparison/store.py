@@ -52,6 +52,7 @@ class Store:
         for name in FILES.values():
             for result in self._read(directory / name, writable):
                 self.results[result["key"]] = result
+        self._check_methods(study)
         if writable:
             self._begin(facts, study)
 
@@ -74,6 +75,28 @@ class Store:
         if rest and writable:
             os.truncate(path, len(whole.encode()) + (1 if whole else 0))
         return [json.loads(line) for line in whole.splitlines()]
+
+    def _check_methods(self, study: Study) -> None:
+        """A key has the name of a method and its target alone, not what else it says."""
+        methods = {method.name: method for method in study.methods}
+        for result in self.results.values():
+            if (method := methods.get(result["method"])) is None:
+                continue
+            for name in ("replica", "top_k"):
+                recorded, asked = result.get(name, 0), getattr(method, name)
+                if recorded != asked:
+                    raise ValueError(
+                        f"`{name}={asked}` of `{method.name}`: {self.directory} holds runs of that name with "
+                        f"{recorded}: give the method another name."
+                    )
+
+    @property
+    def versions(self) -> str:
+        """Versions of the packages that the results were made with, all of them where these differ."""
+        used = sorted({result["session"] for result in self.results.values()})
+        found = [self.sessions[number]["versions"] for number in used]
+        each = {name: dict.fromkeys(versions[name] for versions in found) for name in found[0]}
+        return ", ".join(f"{name} {' and '.join(values)}" for name, values in each.items())
 
     def _begin(self, facts: Path, study: Study) -> None:
         """What the runs from now on depend on; they refer to it by number."""

@@ -22,6 +22,10 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
+def _percent_or_none(value: float | None) -> str:
+    return "" if value is None else percent(value)
+
+
 def points(value: float) -> str:
     """Percentage points, signed; a true minus sign."""
     return f"{100 * value:+.1f}".replace("-", "−")
@@ -118,7 +122,7 @@ def everywhere_table(tested: Tested) -> str:
     for choice in choices(tested):
         name = choice.name if choice.name in RULES else f"`{choice.name}`"
         unbeaten = [f"{count} of {choice.settings}" for count in choice.unbeaten]
-        lines.append([name, *unbeaten, *map(percent, (*choice.regret, *choice.behind_sft))])
+        lines.append([name, *unbeaten, *map(_percent_or_none, (*choice.regret, *choice.behind_sft))])
     heads = [f"{what}, {measure}" for what in ("unbeaten", "regret", "behind `sft`") for measure in MEASURES]
     heads = ["always", *heads]
     return table(heads, lines)
@@ -163,7 +167,7 @@ def variants_table(tested: Tested) -> str:
     """Methods that only some settings take, each beside the method of which it is a variant."""
     lines = []
     for variant in (method for method in tested.study.methods if method.only):
-        original = variant.config["method"]
+        original = variant.original
         for setting in (each for each in tested.study.settings if each.name in variant.only):
             row, other = tested.row(setting, variant.name), tested.row(setting, original)
             if row and other:

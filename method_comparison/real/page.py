@@ -81,7 +81,6 @@ def facts(study: RealStudy, store: Store) -> str:
     days = sorted(result["date"] for result in results)
     seconds = sorted(result["seconds"] for result in results)
     machines = " and ".join(sorted({each["machine"] for each in store.sessions}))
-    versions = ", ".join(f"{name} {version}" for name, version in store.sessions[-1]["versions"].items())
     left = len({run.key for run in pending(study, store)})
     total = max(total_runs(study), len(results))
     done = (
@@ -92,8 +91,8 @@ def facts(study: RealStudy, store: Store) -> str:
         )
     )
     return (
-        f"{study.model['name']}, LoRA; {len(results)} runs of {seconds[len(seconds) // 2] / 60:.1f} minutes (median; "
-        f"{machines}), {' to '.join(dict.fromkeys((days[0], days[-1])))}; {versions}.\n\n{done}"
+        f"{study.model['name']}, weights in {study.model['dtype']}, LoRA; {len(results)} runs of {seconds[len(seconds) // 2] / 60:.1f} minutes (median; "
+        f"{machines}), {' to '.join(dict.fromkeys((days[0], days[-1])))}; {store.versions}.\n\n{done}"
     )
 
 

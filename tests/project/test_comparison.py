@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,10 +118,28 @@ def test_settings_refuse_nonsense(tmp_path):
         settings._method("asft", {"knob": "lam", "ladder": [0.1], "default": 0.05, "needs": "reference"})
     with pytest.raises(ValueError, match="`tau` is not used"):
         settings._method("asft", {"knob": "tau", "ladder": [0.1], "default": 0.1})
-    other = "  target_sft_other: {needs: reference, config: {method: target_sft}, tuned_as: target_sft}\n"
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ("needs: reference, tuned_as: target_sft", "must be a method with the same `ladder`"),
+        ("needs: reference, tuned_as: other", "must be a method with the same `ladder`"),
+        ("<<: *cached, tuned_as: target_sft_k8_same", "a tuning of its own"),
+        ("<<: *cached, only: [wrong30+stong]", r"`only` of `new` names no setting: wrong30\+stong"),
+        (
+            "config: {method: null, trust: power, residual: prior}, needs: reference, only: [clean]",
+            "makes `new` a variant",
+        ),
+        ("config: {method: dft}, top_k: 8", "`top_k` of `new` needs a reference"),
+    ],
+)
+def test_settings_refuse_variants_of_nothing(fields, match, tmp_path):
     written = (settings.HERE / "settings.yaml").read_text(encoding="utf-8")
-    (tmp_path / "settings.yaml").write_text(written.replace("\nsettings:", f"{other}\nsettings:"), encoding="utf-8")
-    with pytest.raises(ValueError, match="must be a method with the same `ladder`"):
+    fields = fields if "config" in fields or "<<" in fields else f"config: {{method: target_sft}}, {fields}"
+    new = f"  new: {{{fields}}}\n"
+    (tmp_path / "settings.yaml").write_text(written.replace("\nsettings:", f"{new}\nsettings:"), encoding="utf-8")
+    with pytest.raises(ValueError, match=match):
         settings.read(tmp_path)
 
 
@@ -153,6 +172,24 @@ def test_store_refuses_results_of_other_settings(tmp_path):
     Store(tmp_path, settings.load())
     with pytest.raises(ValueError, match=r"`results`: .* holds results of other settings"):
         Store(tmp_path, settings.load(quick=True))
+
+
+def test_store_refuses_another_method_under_a_known_name(tmp_path):
+    study = settings.load()
+    store = Store(tmp_path, study)
+    store.add(_result("dft", method="dft"))
+    again = replace(study, methods=tuple(replace(m, replica=1) if m.name == "dft" else m for m in study.methods))
+    with pytest.raises(ValueError, match=r"`replica=1` of `dft`: .* holds runs of that name with 0"):
+        Store(tmp_path, again)
+
+
+def test_store_tells_the_versions_of_its_results(tmp_path):
+    store = Store(tmp_path, settings.load())
+    made_with = [{"versions": {"torch": number, "trl": "1"}} for number in ("3", "1", "2")]
+    store.sessions = made_with
+    for key, session in (("one", 2), ("two", 0), ("three", 0)):
+        store.results[key] = {"session": session}
+    assert store.versions == "torch 3 and 2, trl 1"
 
 
 @pytest.mark.slow
@@ -234,14 +271,16 @@ def test_one_choice_everywhere_is_judged_by_all_but_controls():
     tested._rows["unseen"] = {"sft": row("sft", right, 0.9), "dft": row("dft", wrong, 0.5)}
     tested._rows["wrong30"] = {"sft": row("sft", wrong, 0.6), "dft": row("dft", right, 0.7)}
     tested._rows["wrong30"]["sft_again"] = row("sft_again", right, 0.99)
+    tested._rows["clean"] = {"asft": row("asft", right, 0.9)}
     tested._rows["unseen"]["target_sft_k8"] = row("target_sft_k8", right, 0.99)  # a variant: not to be chosen
     found = {choice.name: choice for choice in everywhere.choices(tested)}
     assert next(iter(found)) in (everywhere.CHOOSER, "sft_again") and "target_sft_k8" not in found
     for name, count, unbeaten, regret, behind_sft in (
-        (everywhere.CHOOSER, 2, 2, 0.0, 0.0),
+        (everywhere.CHOOSER, 3, 3, 0.0, 0.0),
         ("sft", 2, 1, 0.5, 0.0),
         ("dft", 2, 1, 0.5, 1.0),
         ("sft_again", 1, 1, 0.0, 0.0),
+        ("asft", 1, 1, 0.0, None),
     ):
         assert found[name].settings == count
         assert found[name].unbeaten == (unbeaten,) * 3 and found[name].regret == (regret,) * 3, name
