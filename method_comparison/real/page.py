@@ -90,10 +90,10 @@ def facts(study: RealStudy, store: Store) -> str:
             f"**Not complete yet:** {len(results)} of {total} runs are done. `make comparison-real` goes on with them."
         )
     )
-    return (
-        f"{study.model['name']}, weights in {study.model['dtype']}, LoRA; {len(results)} runs of {seconds[len(seconds) // 2] / 60:.1f} minutes (median; "
-        f"{machines}), {' to '.join(dict.fromkeys((days[0], days[-1])))}; {store.versions}.\n\n{done}"
-    )
+    made = f"{len(results)} runs of {seconds[len(seconds) // 2] / 60:.1f} minutes (median; {machines})"
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
+    model = f"{study.model['name']}, weights in {study.model['dtype']}, LoRA"
+    return f"{model}; {made}, {when}; {store.versions}.\n\n{done}"
 
 
 def setting_table(setting: Setting, tested: Tested) -> str:

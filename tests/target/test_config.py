@@ -12,7 +12,8 @@ from transformers import HfArgumentParser
 from trl import TrlParser
 
 from trl_qtarget import METHODS, QTargetConfig, qtarget_loss
-from trl_qtarget.target.config import CONFIG_NAME, KERNELS, PRIORS
+from trl_qtarget.target.config import KERNELS, PRIORS
+from trl_qtarget.target.config_file import CONFIG_NAME
 from trl_qtarget.target.registry import KNOBS
 from trl_qtarget.target.residual import RESIDUALS
 from trl_qtarget.target.trust import TRUSTS

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trl_qtarget import METHODS, QTargetConfig
-from trl_qtarget.target.config import CONFIG_NAME
+from trl_qtarget.target.config_file import CONFIG_NAME
 
 
 FIELDS = [field.name for field in fields(QTargetConfig)]

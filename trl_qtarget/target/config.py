@@ -1,6 +1,5 @@
 """`QTargetConfig`: which target to train toward, as a flat dataclass."""
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -8,7 +7,7 @@ from dataclasses import KW_ONLY, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing
+from .config_file import read_fields, write_fields
 from .measured import AUTO, Knowledge
 from .methods import METHODS, find_method
 from .objective import Designs, Method, Objective, designs_of, knobs_of, make_objective
@@ -17,9 +16,6 @@ from .shown import shown
 from .top_k import TAILS
 
 
-CONFIG_NAME = "qtarget_config.json"
-# What a file says beside the fields, for who reads it: where the prior came from, and what wrote it.
-PROVENANCE = "provenance"
 PRIORS = ("auto", "policy", "base", "start", "model", "lagged")
 KERNELS = ("auto", "torch", "triton")
 
@@ -27,16 +23,6 @@ _NAMES = ("method", "trust", "residual", "scale")
 # What torch can take: sizes and indices of 64 bits, and knobs that are multiplied in float32.
 _LARGEST_SIZE = 2**63 - 1
 _LARGEST_NUMBER = 3.4e38
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, which may name a key twice and mean either."""
-    values: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in values:
-            raise ValueError(f"it has {shown(name)} twice")
-        values[name] = value
-    return values
 
 
 def _number(text: str) -> float | str:
@@ -393,11 +379,7 @@ class QTargetConfig:
             save_directory: the directory.
             provenance: what the file says beside the fields, under that name; it is not read again.
         """
-        directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        values = self.to_dict() | ({PROVENANCE: provenance} if provenance else {})
-        with replacing(directory / CONFIG_NAME) as file:
-            file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_fields(self.to_dict(), Path(save_directory), provenance)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> "QTargetConfig":
@@ -407,17 +389,7 @@ class QTargetConfig:
             ValueError: there is no such file, it is not JSON, names a field twice, or holds unknown or invalid fields.
                 A design that you registered has to be registered again before its name is read.
         """
-        path = Path(directory)
-        path = path / CONFIG_NAME if os.path.isdir(path) else path
-        if not os.path.isfile(path):
-            raise ValueError(f"`directory` has no `{CONFIG_NAME}`: {directory} was not written by `save_pretrained`.")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
-        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too many digits, or nested too deep
-            raise ValueError(f"`{path}` is not valid JSON ({error}): write it again with `save_pretrained`.") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"`{path}` does not hold a JSON object: write it again with `save_pretrained`.")
-        values.pop(PROVENANCE, None)
+        values, path = read_fields(Path(directory))
         return cls._from_fields(values, f"`{path}`")
 
 

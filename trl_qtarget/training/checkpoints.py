@@ -9,7 +9,8 @@ from pathlib import Path
 from ..priors.own import STATE_NAME
 from ..priors.record import RECORD_NAME
 from ..priors.resolved import ResolvedTarget
-from ..target.config import CONFIG_NAME, QTargetConfig
+from ..target.config import QTargetConfig
+from ..target.config_file import CONFIG_NAME
 
 
 # transformers writes this file last, after the weights, the optimiser and the random numbers of every rank.
