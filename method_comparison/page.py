@@ -103,11 +103,7 @@ def _fill(mark: str, tested: Tested, directory: Path) -> str:
 def facts(tested: Tested) -> str:
     """One sentence on where the numbers come from."""
     store = tested.store
-    results = store.results.values()
-    days = [result["date"] for result in results]
-    dates = " to ".join(sorted({min(days), max(days)}))
-    machines = " and ".join(sorted({session["machine"] for session in store.sessions}))
-    return f"{len(store.results)} runs of seconds to minutes on one core each ({machines}), {dates}; {store.versions}."
+    return f"{len(store.results)} runs of seconds to minutes on one core each; {store.origin}."
 
 
 def coverage(tested: Tested) -> str:

@@ -156,13 +156,11 @@ def read(
 
 
 def _check_variant(method: Method, methods: dict[str, Method], settings: Collection[str]) -> None:
-    """What a method says of other methods and of settings, those that are left out of a quick run included."""
+    """What a method says of other methods, and of settings, of which a quick run may leave out some."""
     if unknown := [name for name in method.only if name not in settings]:
         raise ValueError(f"`only` of `{method.name}` names no setting: {', '.join(unknown)}.")
     if method.only and method.original not in methods:
         raise ValueError(f"`only` makes `{method.name}` a variant: its `config` must name a `method` of the study.")
-    if method.top_k and method.needs == "nothing":
-        raise ValueError(f"`top_k` of `{method.name}` needs a reference to cache: set `needs`.")
     if method.tuned_as is None:
         return
     taken = methods.get(method.tuned_as)
@@ -191,6 +189,8 @@ def _method(name: str, fields: dict[str, Any]) -> Method:
     method = Method(name, needs, config, knob, ladder, fields.get("default"), *rest)
     if needs not in ("nothing", "reference", "teacher"):
         raise ValueError(f"`needs={needs!r}` of `{name}` must be 'nothing', 'reference' or 'teacher'.")
+    if method.top_k and needs == "nothing":
+        raise ValueError(f"`top_k` of `{name}` needs a reference to cache: set `needs`.")
     if knob and method.default not in method.ladder:
         raise ValueError(f"`default` of `{name}` must be a value of its `ladder`.")
     for number in range(len(method.ladder)):

@@ -91,12 +91,16 @@ class Store:
                     )
 
     @property
-    def versions(self) -> str:
-        """Versions of the packages that the results were made with, all of them where these differ."""
-        used = sorted({result["session"] for result in self.results.values()})
-        found = [self.sessions[number]["versions"] for number in used]
-        each = {name: dict.fromkeys(versions[name] for versions in found) for name in found[0]}
-        return ", ".join(f"{name} {' and '.join(values)}" for name, values in each.items())
+    def origin(self) -> str:
+        """Machines, dates and versions of packages that the results were made with, all of them where these differ."""
+        results = self.results.values()
+        used = [self.sessions[number] for number in sorted({result["session"] for result in results})]
+        machines = " and ".join(sorted({session["machine"] for session in used}))
+        days = sorted(result["date"] for result in results)
+        dates = " to ".join(dict.fromkeys((days[0], days[-1])))
+        each = {name: dict.fromkeys(session["versions"][name] for session in used) for name in used[0]["versions"]}
+        versions = ", ".join(f"{name} {' and '.join(values)}" for name, values in each.items())
+        return f"{machines}, {dates}; {versions}"
 
     def _begin(self, facts: Path, study: Study) -> None:
         """What the runs from now on depend on; they refer to it by number."""

@@ -78,9 +78,7 @@ beyond two standard errors in bold) and here. """ + "; ".join(
 def facts(study: RealStudy, store: Store) -> str:
     """Where the numbers come from, and how much of the study is done."""
     results = store.results.values()
-    days = sorted(result["date"] for result in results)
     seconds = sorted(result["seconds"] for result in results)
-    machines = " and ".join(sorted({each["machine"] for each in store.sessions}))
     left = len({run.key for run in pending(study, store)})
     total = max(total_runs(study), len(results))
     done = (
@@ -90,10 +88,9 @@ def facts(study: RealStudy, store: Store) -> str:
             f"**Not complete yet:** {len(results)} of {total} runs are done. `make comparison-real` goes on with them."
         )
     )
-    made = f"{len(results)} runs of {seconds[len(seconds) // 2] / 60:.1f} minutes (median; {machines})"
-    when = " to ".join(dict.fromkeys((days[0], days[-1])))
     model = f"{study.model['name']}, weights in {study.model['dtype']}, LoRA"
-    return f"{model}; {made}, {when}; {store.versions}.\n\n{done}"
+    made = f"{len(results)} runs of {seconds[len(seconds) // 2] / 60:.1f} minutes (median)"
+    return f"{model}; {made}; {store.origin}.\n\n{done}"
 
 
 def setting_table(setting: Setting, tested: Tested) -> str:

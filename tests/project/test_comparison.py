@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launch import end, finish, start
 
-from method_comparison import analysis, everywhere, page, settings
+from method_comparison import analysis, everywhere, page, settings, tables
 from method_comparison.__main__ import COMMITTED
 from method_comparison.analysis import AT_BEST, AT_ONE, GREEDY, Row, difference
 from method_comparison.runs import TEST, TUNE, Run, base_run, check, make_run, score
@@ -183,13 +183,14 @@ def test_store_refuses_another_method_under_a_known_name(tmp_path):
         Store(tmp_path, again)
 
 
-def test_store_tells_the_versions_of_its_results(tmp_path):
+def test_store_tells_what_its_results_were_made_with(tmp_path):
     store = Store(tmp_path, settings.load())
-    made_with = [{"versions": {"torch": number, "trl": "1"}} for number in ("3", "1", "2")]
-    store.sessions = made_with
-    for key, session in (("one", 2), ("two", 0), ("three", 0)):
-        store.results[key] = {"session": session}
-    assert store.versions == "torch 3 and 2, trl 1"
+    store.sessions = [{"machine": f"M{name}", "versions": {"torch": name, "trl": "1"}} for name in ("3", "1", "2")]
+    for key, session, day in (("one", 2, "2026-01-02"), ("two", 0, "2026-01-03"), ("three", 0, "2026-01-01")):
+        store.results[key] = {"session": session, "date": day}
+    assert store.origin == "M2 and M3, 2026-01-01 to 2026-01-03; torch 3 and 2, trl 1"
+    store.results = {"one": store.results["one"]}
+    assert store.origin == "M2, 2026-01-02; torch 2, trl 1"
 
 
 @pytest.mark.slow
@@ -273,6 +274,7 @@ def test_one_choice_everywhere_is_judged_by_all_but_controls():
     tested._rows["wrong30"]["sft_again"] = row("sft_again", right, 0.99)
     tested._rows["clean"] = {"asft": row("asft", right, 0.9)}
     tested._rows["unseen"]["target_sft_k8"] = row("target_sft_k8", right, 0.99)  # a variant: not to be chosen
+    tested._rows["gcd"] = {"sft_again": row("sft_again", right, 0.99)}  # nothing to choose, and no judge
     found = {choice.name: choice for choice in everywhere.choices(tested)}
     assert next(iter(found)) in (everywhere.CHOOSER, "sft_again") and "target_sft_k8" not in found
     for name, count, unbeaten, regret, behind_sft in (
@@ -285,6 +287,7 @@ def test_one_choice_everywhere_is_judged_by_all_but_controls():
         assert found[name].settings == count
         assert found[name].unbeaten == (unbeaten,) * 3 and found[name].regret == (regret,) * 3, name
         assert found[name].behind_sft == (behind_sft,) * 3, name
+    assert "| `asft` | 1 of 1 | 1 of 1 | 1 of 1 | 0.0 | 0.0 | 0.0 |  |  |  |" in tables.everywhere_table(tested)
 
 
 def test_fair_chooser_takes_sft_unless_something_is_better_beyond_its_error():

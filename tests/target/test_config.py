@@ -290,6 +290,13 @@ def test_saved_and_loaded(config, tmp_path):
     assert "method" in written and all(value is not None for name, value in written.items() if name != "method")
 
 
+def test_what_a_file_says_beside_the_fields_is_not_read(tmp_path):
+    config = QTargetConfig("asft", lam=0.5)
+    config.save_pretrained(tmp_path, {"prior": "the base"})
+    assert json.loads((tmp_path / CONFIG_NAME).read_text())["provenance"] == {"prior": "the base"}
+    assert QTargetConfig.from_pretrained(tmp_path) == config
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"`directory` has no `qtarget_config.json`: .* was not written by"):
         QTargetConfig.from_pretrained(tmp_path)
