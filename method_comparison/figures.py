@@ -77,40 +77,67 @@ def _rates(tested: Tested) -> Any:
 
 
 def _noise(tested: Tested) -> Any:
-    """Accuracy by the share of demonstrations with a wrong step."""
+    """Accuracy of each method by the share of demonstrations with a wrong step, the best with most of them first."""
     settings = [setting for setting in tested.study.settings if setting.name in ("clean", "wrong10", "wrong30")]
-    shares = [100 * setting.share for setting in settings]
-    figure, grid = plt.subplots(1, len(MEASURES), figsize=(13, 4), sharey=True)
-    colours = plt.get_cmap("tab20")
+    found = {
+        method.name: [tested.row(setting, method.name) for setting in settings]
+        for method in tested.study.common_methods
+    }
+    rows = {name: mine for name, mine in found.items() if mine and all(mine)}
+    names = sorted(rows, key=lambda name: -rows[name][-1].accuracy(AT_BEST))
+    figure, grid = _panels(names, [f"accuracy, %, {measure}" for measure in MEASURES])
+    base = tested.row(settings[0], BASE) if settings else None
     for axes, measure in zip(grid, MEASURES, strict=True):
-        for number, method in enumerate(tested.study.common_methods):
-            rows = [tested.row(setting, method.name) for setting in settings]
-            if rows and all(rows):
-                values = [100 * row.accuracy(measure) for row in rows]
-                axes.plot(shares, values, marker="o", label=method.name, color=colours(number))
-        if settings and (base := tested.row(settings[0], BASE)):
-            axes.axhline(100 * base.accuracy(measure), color="grey", linestyle=":", label="untrained base")
-        axes.set_title(measure, fontsize=10)
-        axes.set_xlabel("demonstrations with a wrong step, %")
-        axes.grid(alpha=0.3)
-    grid[0].set_ylabel("accuracy, %")
-    grid[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
+        values = {name: [100 * row.accuracy(measure) for row in rows[name]] for name in names}
+        for line, name in enumerate(names):
+            axes.plot([min(values[name]), max(values[name])], [line, line], color="lightgrey", zorder=1)
+        for column, (setting, colour) in enumerate(zip(settings, ("#2166ac", "#f4a582", "#b2182b"), strict=False)):
+            label = f"{100 * setting.share:g}% with a wrong step"
+            axes.scatter([values[name][column] for name in names], range(len(names)), color=colour, s=24, label=label)
+        if base is not None:
+            axes.axvline(100 * base.accuracy(measure), color="grey", linestyle=":", label="untrained base")
+    _legend(grid)
     return figure
 
 
 def _forgetting(tested: Tested) -> Any:
-    """Accuracy on the narrow task against accuracy on all others."""
-    figure, axes = plt.subplots(figsize=(6.5, 5))
-    for setting in tested.study.settings:
-        for row in tested.rows(setting) if setting.others_weight else ():
-            if row.others is not None:
-                axes.scatter(100 * row.others, 100 * row.accuracy(AT_BEST), s=18)
-                axes.annotate(row.name, (100 * row.others, 100 * row.accuracy(AT_BEST)), fontsize=7)
-    axes.set_xlabel("accuracy on the other tasks, %")
-    axes.set_ylabel("accuracy on the narrow task, %")
-    axes.grid(alpha=0.3)
+    """Accuracy on the narrow task and on all others; the method that keeps most of the others comes first."""
+    rows = {
+        row.name: row
+        for setting in tested.study.settings
+        if setting.others_weight
+        for row in tested.rows(setting)
+        if row.others is not None
+    }
+    base = rows.pop(BASE, None)
+    names = sorted(rows, key=lambda name: -rows[name].others)
+    figure, grid = _panels(names, ["accuracy on the other tasks, %", "accuracy on the narrow task, %"])
+    for axes, value in zip(grid, (lambda row: row.others, lambda row: row.accuracy(AT_BEST)), strict=True):
+        axes.scatter([100 * value(rows[name]) for name in names], range(len(names)), s=24)
+        if base is not None:
+            axes.axvline(100 * value(base), color="grey", linestyle=":", label="untrained base")
+    _legend(grid)
     return figure
+
+
+def _panels(names: list[str], titles: list[str]) -> tuple[Any, Any]:
+    """Panels side by side that share their lines, one for each method."""
+    size = (1.5 + 3.6 * len(titles), 1 + 0.24 * len(names))
+    figure, grid = plt.subplots(1, len(titles), figsize=size, sharey=True)
+    for axes, title in zip(grid, titles, strict=True):
+        axes.set_xlabel(title)
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+    grid[0].set_yticks(range(len(names)), names)
+    grid[0].set_ylim(max(len(names), 1) - 0.5, -0.5)
+    figure.tight_layout()
+    return figure, grid
+
+
+def _legend(grid: Any) -> None:
+    """Beside the last panel, where it covers nothing."""
+    if grid[-1].get_legend_handles_labels()[0]:
+        grid[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 FIGURES = {"differences": _differences, "rates": _rates, "noise": _noise, "forgetting": _forgetting}
