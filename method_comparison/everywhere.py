@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from .analysis import AT_ONE, GREEDY, MEASURES, Row, Tested, difference, with_error
@@ -16,25 +17,56 @@ Rule = Callable[[Setting, list[Row], str], Row | None]
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What one choice is worth in one setting, in one measure.
+
+    Attributes:
+        unbeaten: no method is better beyond two standard errors.
+        regret: the distance in accuracy to the best method in hindsight.
+        behind_sft: the distance to plain SFT where that is better, else 0; None if it was not tested there.
+    """
+
+    unbeaten: bool
+    regret: float
+    behind_sft: float | None
+
+
+@dataclass(frozen=True)
 class Choice:
     """A rule that takes one method in each setting.
 
     Attributes:
         name: a method that is always taken, or one of `RULES`.
-        settings: in how many settings it takes one.
-        unbeaten: for each measure, in how many of them no method is better beyond two standard errors.
-        regret: for each measure, the mean distance in accuracy to the best method in hindsight.
-        behind_sft: for each measure, the largest distance to plain SFT where that is better: 0 if it is nowhere,
-            None if it was not tested there.
+        verdicts: for each setting in which it takes one, the verdict by measure.
     """
 
     name: str
-    settings: int
-    unbeaten: tuple[int, ...]
-    regret: tuple[float, ...]
-    behind_sft: tuple[float | None, ...]
+    verdicts: tuple[dict[str, Verdict], ...]
+
+    @property
+    def settings(self) -> int:
+        """In how many settings it takes a method."""
+        return len(self.verdicts)
+
+    @property
+    def unbeaten(self) -> tuple[int, ...]:
+        """For each measure, in how many settings no method is better beyond two standard errors."""
+        return tuple(sum(each[measure].unbeaten for each in self.verdicts) for measure in MEASURES)
+
+    @property
+    def regret(self) -> tuple[float, ...]:
+        """For each measure, the mean distance in accuracy to the best method in hindsight."""
+        return tuple(mean([each[measure].regret for each in self.verdicts]) for measure in MEASURES)
+
+    @property
+    def behind_sft(self) -> tuple[float | None, ...]:
+        """For each measure, the largest distance to plain SFT in any setting; None if that was tested in none."""
+        columns = [[each[measure].behind_sft for each in self.verdicts] for measure in MEASURES]
+        found = [[value for value in column if value is not None] for column in columns]
+        return tuple(max(column) if column else None for column in found)
 
 
+@cache  # of the one `Tested` that a page is made from: sentences ask for it as well as the table
 def choices(tested: Tested) -> list[Choice]:
     """Every method taken always, and the rules that take one in each setting by its tuning; the best first.
 
@@ -88,24 +120,20 @@ def _methods(setting: Setting, tested: Tested) -> list[Row]:
 
 
 def _judged(name: str, rule: Rule, settings: list[tuple[Setting, list[Row]]], judges: set[str]) -> Choice:
-    unbeaten, regret, behind_sft, count = [], [], [], 0
-    for measure in MEASURES:
-        taken = [
-            (row, [other for other in rows if other.name in judges])
-            for setting, rows in settings
-            if (row := rule(setting, rows, measure)) is not None
-        ]
-        count = len(taken)
-        unbeaten.append(
-            sum(
-                not any(difference(other, row, measure).sign > 0 for other in rows if other is not row)
-                for row, rows in taken
-            )
-        )
+    verdicts = []
+    for setting, rows in settings:
+        taken = {measure: rule(setting, rows, measure) for measure in MEASURES}
+        if all(taken.values()):
+            verdicts.append({measure: _verdict(row, rows, judges, measure) for measure, row in taken.items()})
+    return Choice(name, tuple(verdicts))
+
+
+def _verdict(row: Row, rows: list[Row], judges: set[str], measure: str) -> Verdict:
+    others = [other for other in rows if other.name in judges and other is not row]
+    behind = {other.name: other.accuracy(measure) - row.accuracy(measure) for other in others}
+    return Verdict(
+        unbeaten=not any(difference(other, row, measure).sign > 0 for other in others),
         # A control may by chance be better than the best: then nothing is ahead of it.
-        behind = [max(0.0, *(each.accuracy(measure) - row.accuracy(measure) for each in rows)) for row, rows in taken]
-        regret.append(mean(behind) if behind else 0.0)
-        plain = [(row, other) for row, rows in taken for other in rows if other.name == "sft"]
-        distances = [other.accuracy(measure) - row.accuracy(measure) for row, other in plain]
-        behind_sft.append(max(0.0, *distances) if distances else None)
-    return Choice(name, count, tuple(unbeaten), tuple(regret), tuple(behind_sft))
+        regret=max([0.0, *behind.values()]),
+        behind_sft=0.0 if row.name == "sft" else max(0.0, behind["sft"]) if "sft" in behind else None,
+    )
