@@ -5,11 +5,13 @@ the results do not say so, no page is written. `METHOD`, `SETTING` and `MEASURE`
 `MEASURE` is `T=1`, `best` (where none is named) or `greedy`:
 
 - `METHOD [far|slightly] above|below OTHER in SETTING [at MEASURE] [bare]`: points; `far` beyond two standard errors,
-  `slightly` within them; the smallest to the largest of several; `bare` without the error. `OTHER` may be `base`.
+  or as the page has it, `slightly` within them; the smallest to the largest of several; `bare` without the error.
+  `OTHER` may be `base`.
 - `nobody far above|below OTHER in SETTING [at MEASURE]`: `no method`; controls are none.
 - `all far above|below OTHER in SETTING [at MEASURE]`: their names, the farthest first; `how many` instead of `all`:
   how many, of how many that were tested there; `how many with a reference`: of those that read one.
 - `accuracy of METHOD in SETTING [at MEASURE]`: percent. `others of METHOD in SETTING`: that on the other tasks.
+- `mean FIELD of METHOD in SETTING`: of the results, as `nll` and `kl`.
 - `knob of METHOD in SETTING`: what tuning chose.
 - `unbeaten CHOICE [at MEASURE]`: in how many settings no method is better beyond two standard errors; in all measures
   where none is named. `beaten CHOICE [at MEASURE]`: in how many of them one is.
@@ -21,7 +23,7 @@ the results do not say so, no page is written. `METHOD`, `SETTING` and `MEASURE`
 import re
 from collections.abc import Callable
 
-from .analysis import AT_BEST, AT_ONE, GREEDY, MEASURES, Difference, Row, Tested, difference
+from .analysis import AT_BEST, AT_ONE, GREEDY, MEASURES, Difference, Row, Tested
 from .everywhere import Choice, choices
 from .settings import Setting
 
@@ -106,8 +108,9 @@ def _differences(
         for name in names:
             if optional and tested.row(setting, name) is None:
                 continue
-            pair = _row(tested, setting, name), _row(tested, setting, other)
-            found += [(name, difference(*pair, measure)) for measure in _measures(measures or "best")]
+            found += [
+                (name, tested.difference(setting, name, other, measure)) for measure in _measures(measures or "best")
+            ]
     return found
 
 
@@ -118,6 +121,10 @@ def _accuracy(tested: Tested, names: str, settings: str, measures: str | None) -
 
 def _others(tested: Tested, names: str, settings: str) -> str:
     return _range([100 * row.others for row in _rows(tested, names, settings)])
+
+
+def _mean(tested: Tested, field: str, names: str, settings: str) -> str:
+    return _range([row.mean(field) for row in _rows(tested, names, settings)], digits=2)
 
 
 def _knob(tested: Tested, names: str, settings: str) -> str:
@@ -169,8 +176,8 @@ def _measures(names: str) -> list[str]:
     return [_MEASURES[name] for name in names.split("|")]
 
 
-def _range(values: list[float]) -> str:
-    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+def _range(values: list[float], digits: int = 1) -> str:
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
     return low if low == high else f"{low} to {high}"
 
 
@@ -184,6 +191,7 @@ _CLAIMS: dict[str, Callable[..., str]] = {
     r"how many (?P<reference>with a reference )?far " + _SIDE: _how_many,
     r"(?P<names>\S+) (?:(?P<how>far|slightly) )?" + _SIDE + "(?P<bare> bare)?": _one,
     r"accuracy of (?P<names>\S+) " + _IN + _AT: _accuracy,
+    r"mean (?P<field>\S+) of (?P<names>\S+) " + _IN: _mean,
     r"others of (?P<names>\S+) " + _IN: _others,
     r"knob of (?P<names>\S+) " + _IN: _knob,
     r"(?:un|(?P<beaten>))beaten (?P<name>.+?)" + _AT: _unbeaten,

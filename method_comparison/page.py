@@ -1,12 +1,10 @@
 """The page: a template whose marks `{{...}}` are filled with tables and figures of the results."""
 
-import re
-import textwrap
 from pathlib import Path
 
 from trl_qtarget.files import replacing
 
-from . import claims, figures, tables
+from . import claims, figures, prose, tables
 from .analysis import Tested
 from .settings import HERE, Study
 from .store import Store
@@ -14,7 +12,6 @@ from .store import Store
 
 # The words of the committed page.
 TEMPLATE = HERE / "page.template.md"
-_WHOLE_WORDS = {"break_long_words": False, "break_on_hyphens": False}
 # The page of a rerun: all tables, without the words that were written about other results.
 PLAIN = """# Comparison of methods
 
@@ -71,27 +68,10 @@ def write(study: Study, store: Store, directory: Path, template: Path | None = N
     text = template.read_text(encoding="utf-8") if template else PLAIN
     directory.mkdir(parents=True, exist_ok=True)
     path, tested = directory / "README.md", Tested(study, store)
-    filled = re.sub(
-        r"\{\{(.+?)\}\}", lambda found: _fill(" ".join(found[1].split()), tested, directory), text, flags=re.S
-    )
+    text = prose.filled(text, lambda mark: _fill(mark, tested, directory))
     with replacing(path) as whole:
-        whole.write_text(_wrapped(filled), encoding="utf-8")
+        whole.write_text(prose.wrapped(text), encoding="utf-8")
     return path
-
-
-def _wrapped(text: str) -> str:
-    """Paragraphs and items of lists in lines of one width, whatever the marks in them became."""
-    blocks = re.split(r"\n{2,}", text.rstrip("\n"))
-    return "\n\n".join("\n".join(_items(block)) if block[0] not in "#|<!" else block for block in blocks) + "\n"
-
-
-def _items(block: str) -> list[str]:
-    items = re.split(r"\n(?=- |\d+\. )", block)
-    indents = [" " * len(found[0]) if (found := re.match(r"- |\d+\. ", item)) else "" for item in items]
-    return [
-        textwrap.fill(" ".join(item.split()), 119, subsequent_indent=indent, **_WHOLE_WORDS)
-        for item, indent in zip(items, indents, strict=True)
-    ]
 
 
 def _fill(mark: str, tested: Tested, directory: Path) -> str:

@@ -54,6 +54,21 @@ def _found(difference: Difference) -> Found:
     return Found(difference.value, difference.error, sign)
 
 
+class RealTested(Tested):
+    """What has been tested on the real model, whose differences are judged as `trl-qtarget tune` judges them."""
+
+    def difference(self, setting: Setting, name: str, baseline: str, measure: str) -> Found:
+        """A method minus plain SFT.
+
+        Raises:
+            ValueError: the baseline is another one, or the method has not been tested in the setting.
+        """
+        found = against_sft(setting, self, measure) if baseline == SFT else {}
+        if name not in found:
+            raise ValueError(f"`{name}` was not tested against `{baseline}` in `{setting.name}`.")
+        return found[name]
+
+
 # --- beside the small models ---
 
 

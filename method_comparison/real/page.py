@@ -5,6 +5,7 @@ from pathlib import Path
 
 from trl_qtarget.files import replacing
 
+from .. import claims, prose
 from ..analysis import AT_ONE, BASE, GREEDY, Row, Tested
 from ..evaluation import mean
 from ..settings import Setting
@@ -12,7 +13,7 @@ from ..store import Store
 from ..study import pending, total_runs
 from ..tables import percent, points, table
 from . import figure
-from .analysis import AGAIN, MEASURES, WORDS, Found, accuracy, against_sft, pairs, small_tested
+from .analysis import AGAIN, MEASURES, WORDS, Found, RealTested, accuracy, against_sft, pairs, small_tested
 from .settings import RealStudy
 
 
@@ -23,23 +24,23 @@ def write(study: RealStudy, store: Store, directory: Path, words: str = "") -> P
     """Write README.md and its figure into a folder.
 
     Args:
-        words: what was found, in Markdown; it goes before the tables.
+        words: what was found, in Markdown with the marks of `claims`; it goes before the tables.
 
     Returns:
         The path of the page.
 
     Raises:
-        ValueError: there are no results.
+        ValueError: there are no results, or they contradict the words.
     """
     if not store.results:
         raise ValueError(f"`results`: {store.directory} holds no results to write about.")
-    tested, small = Tested(study, store), small_tested()
+    tested, small = RealTested(study, store), small_tested()
     (directory / FIGURE).parent.mkdir(parents=True, exist_ok=True)
     figure.draw(tested, small, directory / FIGURE)
     parts = [
         "# The comparison on a real model",
         facts(study, store),
-        words,
+        prose.filled(words, lambda mark: _said(mark, tested)),
         "## Every setting",
         _READING.format(samples=study.test["samples"]),
         *(f"### `{each.name}`: {each.title}\n\n{setting_table(each, tested)}" for each in study.settings),
@@ -56,8 +57,14 @@ def write(study: RealStudy, store: Store, directory: Path, words: str = "") -> P
     ]
     path = directory / "README.md"
     with replacing(path) as whole:
-        whole.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+        whole.write_text(prose.wrapped("\n\n".join(part for part in parts if part)), encoding="utf-8")
     return path
+
+
+def _said(mark: str, tested: RealTested) -> str:
+    if (claim := claims.say(mark, tested)) is None:
+        raise ValueError(f"`{{{{{mark}}}}}` is no claim: see `method_comparison/claims.py`.")
+    return claim
 
 
 _READING = """\

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from method_comparison import analysis, claims, settings
+from method_comparison import analysis, claims, prose, settings
 from method_comparison.__main__ import COMMITTED
 from method_comparison.analysis import Row
+from method_comparison.real import settings as real_settings
+from method_comparison.real.__main__ import COMMITTED as REAL
+from method_comparison.real.analysis import RealTested, against_sft
 from method_comparison.store import Store
 
 
@@ -100,6 +103,27 @@ def test_mark_that_the_results_contradict_is_refused(made, mark, error):
 
 def test_other_marks_are_no_claims(made):
     assert all(claims.say(mark, made) is None for mark in ("differences:sft:best T", "figure:noise", "facts"))
+
+
+def test_real_model_is_judged_by_its_own_rule():
+    study = real_settings.load()
+    tested = RealTested(study, Store(REAL, study, writable=False))
+    setting = next(each for each in study.settings if each.name == "sums-wrong30")
+    found = against_sft(setting, tested, analysis.AT_ONE)["dft"]
+    said = claims.say("dft far above sft in sums-wrong30 at T=1", tested)
+    assert found.sign == 1 and said == f"{100 * found.value:.1f} ± {100 * found.error:.1f}"
+    with pytest.raises(ValueError, match="`dft` was not tested against `base`"):
+        claims.say("dft above base in sums-wrong30 at T=1", tested)
+
+
+def test_lines_have_one_width_and_tables_stay():
+    table = "| a | b |\n| --- | ---: |\n| 1 |  |"
+    items = "- one {{first\n  mark}} two\n- " + "long " * 40 + "\n  end"
+    text = prose.filled(f"# Title\n\n{items}\n\n{table}\n", str.upper)
+    lines = prose.wrapped(text).splitlines()
+    assert lines[:3] == ["# Title", "", "- one FIRST MARK two"] and lines[3].startswith("- long")
+    assert lines[4].startswith("  long") and lines[4].endswith("long end") and max(map(len, lines)) <= 119
+    assert "\n".join(lines[-3:]) == table
 
 
 # Sentences of other documents, with marks for what they quote.
