@@ -129,12 +129,32 @@ def test_lines_have_one_width_and_tables_stay():
 # Sentences of other documents, with marks for what they quote.
 QUOTES = {
     "README.md": [
+        "nothing but `mask_target` beat `sft`, by {{mask_target far above sft in clean}} points, "
+        "which `sft` once more did",
         "never more than {{behind sft adaptive_sft at T=1|best}} points below `sft` when sampled and "
-        "{{behind sft adaptive_sft at greedy}} greedy",
+        "{{behind sft adaptive_sft at greedy}} greedy in 13 settings",
+        "in {{beaten adaptive_sft}} another method beat it in some measure",
     ],
     "docs/choosing.md": [
+        "`mask_target`, {{mask_target far above sft in clean}} points in `clean` and not in `narrow`",
+        "the farthest above `sft` greedy, {{mask_target far above sft in wrong30 at greedy}} points",
+        "`dft` ended {{dft far below sft in unseen bare}} points below `sft`, `infosft` "
+        "{{infosft far below sft in unseen bare}}, `prift` {{prift far below sft in unseen bare}}; `iw_sft` "
+        "{{iw_sft far above sft in unseen bare}} above",
         "it was never more than {{behind sft adaptive_sft at T=1|best}} points below tuned `sft` when sampled and "
         "{{behind sft adaptive_sft at greedy}} greedy",
+        "in {{beaten adaptive_sft}} another method beat it in some measure",
+        "{{infosft far above sft in wrong30}} points above `sft` with wrong steps, "
+        "{{infosft far below sft in unseen}} below in a new notation",
+        "With wrong steps {{saft far above sft in wrong30}} points above `sft`",
+        "On right labels {{deft far below sft in clean}} points below `sft`",
+        "{{rank_tuner far above sft in wrong30}} points above `sft`, in a new notation "
+        "{{rank_tuner slightly above sft in unseen}}",
+        "With wrong steps {{idft slightly above sft in wrong30}} points above `sft`",
+        "{{prift far above sft in wrong30}} points above `sft` with wrong steps",
+        "{{gift far above sft in wrong30|skipped}} points above `sft`",
+        "Greedy {{mask_target above sft in clean|wrong10|wrong30|answers30 at greedy}} points above `sft`",
+        "were {{tofu far below sft in clean|wrong10|wrong30|unseen|answers30 at T=1}} points below those of `sft`",
     ],
 }
 

@@ -28,6 +28,7 @@ from method_comparison.study import cells, pending
 METHODS = (
     *("sft", "label_smoothing", "dft", "beyond_log", "profit", "eaft", "iw_sft"),
     *("psft", "gem", "sft_kl", "asft", "distill", "distill_hybrid", "target_sft"),
+    *("infosft", "saft", "deft", "idft", "rank_tuner", "trim_sft", "tofu", "gift", "prift", "mask_target"),
 )
 
 
