@@ -135,16 +135,23 @@ class Tested:
         """The row of that name; None if it is not there, or not yet."""
         return self._rows[setting.name].get(name)
 
+    def known_row(self, setting: Setting, name: str) -> Row:
+        """The row of that name.
+
+        Raises:
+            ValueError: it has not been tested in the setting.
+        """
+        if (row := self.row(setting, name)) is None:
+            raise ValueError(f"`{name}` was not tested in `{setting.name}`.")
+        return row
+
     def difference(self, setting: Setting, name: str, baseline: str, measure: str) -> Difference:
         """A method minus a baseline.
 
         Raises:
             ValueError: one of the two has not been tested in the setting.
         """
-        for each in (name, baseline):
-            if self.row(setting, each) is None:
-                raise ValueError(f"`{each}` was not tested in `{setting.name}`.")
-        return difference(self.row(setting, name), self.row(setting, baseline), measure)
+        return difference(self.known_row(setting, name), self.known_row(setting, baseline), measure)
 
     def compared(self, name: str, baseline: str) -> list[Setting]:
         """The settings in which a method can be compared with a baseline, each pair of trainings once.

@@ -161,13 +161,7 @@ def _settings(tested: Tested, names: str) -> list[Setting]:
 
 
 def _rows(tested: Tested, names: str, settings: str) -> list[Row]:
-    return [_row(tested, setting, name) for setting in _settings(tested, settings) for name in names.split("|")]
-
-
-def _row(tested: Tested, setting: Setting, name: str) -> Row:
-    if (row := tested.row(setting, name)) is None:
-        raise ValueError(f"`{name}` was not tested in `{setting.name}`.")
-    return row
+    return [tested.known_row(setting, name) for setting in _settings(tested, settings) for name in names.split("|")]
 
 
 def _measures(names: str) -> list[str]:
